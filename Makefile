@@ -1,0 +1,44 @@
+# `make demo` and `make test` need Python >= 3.10 and nothing else: both set up .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# torchvision's wheel must match torch's build, and torchmetrics imports it wherever it is found.
+# Kept in a folder of its own, a wheel that does not match can break only the tests that need it.
+VISION := $(VENV)/vision
+
+.PHONY: setup demo test test-all lint types bench clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "weft needs Python 3.10 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $(STAMP)
+
+demo: setup
+	$(BIN)/weft demo
+
+$(VISION)/.installed: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps \
+		--upgrade --target $(VISION) torchvision timm
+	@touch $@
+
+test: setup $(VISION)/.installed
+	PYTHONPATH=$(VISION) $(BIN)/python -m pytest -m "not slow"
+
+test-all: setup $(VISION)/.installed
+	PYTHONPATH=$(VISION) $(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build demo-out

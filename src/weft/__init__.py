@@ -1,0 +1,39 @@
+"""One base network, many tasks: learn what each task owns and what it shares."""
+
+from .core.ledger import Ledger
+from .core.model import MultiTaskModel, Step
+from .core.sharing import Sharing
+from .core.task import Task
+from .core.view import View
+from .errors import WeftError
+from .methods.baselines import bias_only, full_finetune, linear_probe
+from .methods.hard_sharing import hard_sharing
+from .methods.model_patches import depthwise_patch, scale_bias
+from .methods.taps import taps
+from .registry import METHODS, method
+from .tasks import Binary, Classification, Regression, Segmentation
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "METHODS",
+    "Binary",
+    "Classification",
+    "Ledger",
+    "MultiTaskModel",
+    "Regression",
+    "Segmentation",
+    "Sharing",
+    "Step",
+    "Task",
+    "View",
+    "WeftError",
+    "bias_only",
+    "depthwise_patch",
+    "full_finetune",
+    "hard_sharing",
+    "linear_probe",
+    "method",
+    "scale_bias",
+    "taps",
+]

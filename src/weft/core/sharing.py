@@ -1,0 +1,184 @@
+"""The plan: which tensors a task owns, which it shares, what is charged for it, and how it trains.
+
+A `Sharing` is frozen data that a method (a function named after its paper) returns. It holds no
+state: a model instantiates it, and two models never share anything through it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from .adapter import Insertion, Records
+from .patch import Patch
+
+if TYPE_CHECKING:
+    from .model import MultiTaskModel
+
+
+class Penalty(ABC):
+    """A charge that is added to the loss once a step, over all tasks of the step together."""
+
+    needs_records: bool = False
+    """True if the charge reads what adapters recorded in the forward."""
+
+    @abstractmethod
+    def __call__(
+        self,
+        records: Mapping[str, Records],
+        own: Mapping[str, Mapping[str, Tensor]],
+        shared: Mapping[str, Tensor],
+    ) -> Tensor:
+        """The charge, a scalar.
+
+        Args:
+            records: by task, what the adapters recorded in this step.
+            own: by task, the task's own tensors by key.
+            shared: the shared tensors of the plan by key (created ones and the trained base's).
+        """
+
+
+@dataclass(frozen=True)
+class Created:
+    """A shared tensor that a plan adds: a basis, an expert, a prior mean.
+
+    Args:
+        value: its start; copied by each model.
+        trains: whether it trains with the tasks.
+    """
+
+    value: Tensor
+    trains: bool = True
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training: what trains, on which data, at which price, for how long.
+
+    Args:
+        name: shown in progress and history.
+        epochs: its length in epochs, or None for a share of what the exact ones leave.
+        share: its weight among the phases without exact epochs.
+        freeze: patterns (shell style) of own and shared keys that do not train in this phase.
+        penalty: factor on the plan's penalties in this phase.
+        data: the slice ``(from, to)`` of the training split that it sees, in shares of it.
+        selectable: whether its epochs may be kept as the best one.
+        prepare: run before the phase with the model and the training data by task, for
+            data-dependent initialisation or saliency.
+        transition: run at its end (or every ``every`` steps) with the model, the own tensors by
+            task and their gradients, for instance to drop and grow a mask.
+        every: steps between transitions, or None for once at the end.
+    """
+
+    name: str
+    epochs: int | None = None
+    share: float = 1.0
+    freeze: tuple[str, ...] = ()
+    penalty: float = 1.0
+    data: tuple[float, float] = (0.0, 1.0)
+    selectable: bool = True
+    prepare: Callable[[MultiTaskModel, Mapping[str, Iterable[Any]]], None] | None = None
+    transition: (
+        Callable[
+            [
+                MultiTaskModel,
+                Mapping[str, Mapping[str, Tensor]],
+                Mapping[str, Mapping[str, Tensor | None]],
+            ],
+            None,
+        ]
+        | None
+    ) = None
+    every: int | None = None
+
+    def trains(self, key: str) -> bool:
+        """Whether the tensor of this key trains in this phase."""
+        return not any(fnmatchcase(key, pattern) for pattern in self.freeze)
+
+
+@dataclass(frozen=True)
+class Group:
+    """An optimiser group that a plan recommends; the first group that matches a key takes it.
+
+    Args:
+        match: patterns (shell style) of keys.
+        lr: factor on the learning rate.
+        decay: whether weight decay applies.
+    """
+
+    match: tuple[str, ...]
+    lr: float = 1.0
+    decay: bool = True
+
+    def takes(self, key: str) -> bool:
+        """Whether the tensor of this key belongs to the group."""
+        return any(fnmatchcase(key, pattern) for pattern in self.match)
+
+
+def _frozen(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
+    return MappingProxyType(dict(mapping))
+
+
+@dataclass(frozen=True, eq=False)
+class Sharing:
+    """A plan. What it does not list is shared and frozen.
+
+    Args:
+        method: the method's name.
+        options: the method's options, plain values, for files and reports.
+        patches: by base tensor name, how a task changes that tensor.
+        adapters: by site (module name), what is inserted there.
+        created: shared tensors that the plan adds, by key.
+        train_shared: names of base tensors that train for all tasks together.
+        penalties: charges added to the loss once a step.
+        phases: the stretches of training, in order.
+        groups: recommended optimiser groups.
+        refused: sites that the method was asked for and left out, with the reason.
+    """
+
+    method: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    patches: Mapping[str, Patch] = field(default_factory=dict)
+    adapters: Mapping[str, Insertion] = field(default_factory=dict)
+    created: Mapping[str, Created] = field(default_factory=dict)
+    train_shared: frozenset[str] = frozenset()
+    penalties: tuple[Penalty, ...] = ()
+    phases: tuple[Phase, ...] = (Phase("train"),)
+    groups: tuple[Group, ...] = ()
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("options", "patches", "adapters", "created", "refused"):
+            object.__setattr__(self, name, _frozen(getattr(self, name)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Mapping proxies do not pickle; the constructor makes them anew.
+        values = (
+            self.method,
+            dict(self.options),
+            dict(self.patches),
+            dict(self.adapters),
+            dict(self.created),
+            self.train_shared,
+            self.penalties,
+            self.phases,
+            self.groups,
+            dict(self.refused),
+        )
+        return (Sharing, values)
+
+    @property
+    def trains_shared(self) -> bool:
+        """Whether training a task under this plan changes tensors that other tasks use."""
+        return bool(self.train_shared) or any(c.trains for c in self.created.values())
+
+    @property
+    def only_owns(self) -> bool:
+        """Whether tasks under this plan own tensors and change nothing that is shared."""
+        return not self.train_shared and not self.created

@@ -1,0 +1,180 @@
+"""The sites of a network: which modules hold which tensors, and of what kind they are.
+
+This is the one place that looks at layer types. Everything else works on names and kinds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import UninitializedTensorMixin
+
+from weft.errors import PlanError, close_matches
+
+
+class Kind(Enum):
+    """What a parameter-bearing module is."""
+
+    LAYER = "layer"  # convolution, linear, attention projections, recurrent
+    DEPTHWISE = "depthwise"  # a convolution with one filter group per input channel
+    NORM = "norm"  # normalisation and other per-channel vectors
+    EMBEDDING = "embedding"
+    OTHER = "other"  # bare parameters: tokens, positions, layer scales of unknown modules
+
+
+@dataclass(frozen=True)
+class Site:
+    """One module that holds tensors of its own.
+
+    Args:
+        name: the module's name in the base ("" for the base itself).
+        kind: what it is.
+        parameters: canonical names of its parameters.
+        biases: those of them that are added per channel.
+        statistics: canonical names of its running statistics.
+        refusal: why a per-layer patch cannot be right here, or "".
+    """
+
+    name: str
+    kind: Kind
+    parameters: tuple[str, ...]
+    biases: tuple[str, ...] = ()
+    statistics: tuple[str, ...] = ()
+    refusal: str = ""
+
+
+def join(module: str, attribute: str) -> str:
+    """The name of a tensor from its module's name and its attribute."""
+    return f"{module}.{attribute}" if module else attribute
+
+
+def tensor_slots(module: nn.Module) -> list[tuple[str, dict[str, Tensor], str]]:
+    """Every place that holds a tensor: its canonical name, its table and its attribute there.
+
+    Tied tensors have several places and one canonical name, the first. Modules that are used
+    twice are visited once.
+    """
+    first: dict[int, str] = {}
+    slots: list[tuple[str, dict[str, Tensor], str]] = []
+    for path, child in module.named_modules():
+        for table in (child._parameters, child._buffers):
+            for attribute, tensor in table.items():
+                if tensor is None:
+                    continue
+                if isinstance(tensor, UninitializedTensorMixin):
+                    raise PlanError(
+                        f"'{join(path, attribute)}' of the base has no shape yet. "
+                        "Run the base once on an example before handing it over."
+                    )
+                name = first.setdefault(id(tensor), join(path, attribute))
+                slots.append((name, table, attribute))  # type: ignore[arg-type]
+    return slots
+
+
+def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers by canonical name, in the order of the modules; tied ones once."""
+    seen: set[str] = set()
+    for name, table, attribute in tensor_slots(module):
+        if name not in seen:
+            seen.add(name)
+            yield name, table[attribute]
+
+
+def canonical_names(base: nn.Module) -> dict[str, str]:
+    """Every name of every parameter and buffer, with the first name of the same tensor.
+
+    Tied tensors have several names; a patch of any of them is a patch of all of them.
+    """
+    first = {id(table[attribute]): name for name, table, attribute in tensor_slots(base)}
+    return {
+        join(path, attribute): first[id(tensor)]
+        for path, module in base.named_modules(remove_duplicate=False)
+        for table in (module._parameters, module._buffers)
+        for attribute, tensor in table.items()
+        if tensor is not None
+    }
+
+
+def statistics_modules(base: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Modules that update running statistics in training mode, with the names of these buffers."""
+    return {
+        path: tuple(join(path, name) for name, buffer in module._buffers.items())
+        for path, module in base.named_modules()
+        if isinstance(module, _NormBase)
+        and module.track_running_stats
+        and module._buffers.get("running_mean") is not None
+    }
+
+
+def normalises_over_batch(module: nn.Module) -> bool:
+    """Whether the module normalises with statistics of the batch in training mode."""
+    return isinstance(module, _BatchNorm)
+
+
+def sites(base: nn.Module) -> list[Site]:
+    """All modules that hold tensors of their own, in order of registration."""
+    canonical = canonical_names(base)
+    statistics = statistics_modules(base)
+    found = []
+    for path, module in base.named_modules():
+        own = {a: canonical[join(path, a)] for a, p in module._parameters.items() if p is not None}
+        stats = tuple(canonical[n] for n in statistics.get(path, ()))
+        if not own and not stats:
+            continue
+        biases = tuple(
+            name
+            for attribute, name in own.items()
+            if "bias" in attribute and module._parameters[attribute].dim() == 1  # type: ignore[union-attr]
+        )
+        kind = _kind(module)
+        refusal = _refusal(path, module)
+        found.append(Site(path, kind, tuple(dict.fromkeys(own.values())), biases, stats, refusal))
+    return found
+
+
+def _kind(module: nn.Module) -> Kind:
+    if isinstance(module, _ConvNd):
+        depthwise = module.groups > 1 and module.groups == module.in_channels
+        return Kind.DEPTHWISE if depthwise else Kind.LAYER
+    if isinstance(module, (nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase)):
+        return Kind.LAYER
+    if isinstance(module, (nn.RNNCellBase,)):
+        return Kind.LAYER
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return Kind.EMBEDDING
+    if isinstance(module, (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)):
+        return Kind.NORM
+    # Modules of other libraries: a leaf whose parameters are all vectors scales or shifts channels;
+    # a leaf with a matrix called "weight" is a layer (for instance transformers' Conv1D).
+    is_leaf = next(module.children(), None) is None
+    vectors = all(p is None or p.dim() <= 1 for p in module._parameters.values())
+    if is_leaf and vectors:
+        return Kind.NORM
+    weight = module._parameters.get("weight")
+    if is_leaf and weight is not None and weight.dim() >= 2:
+        return Kind.LAYER
+    return Kind.OTHER
+
+
+def _refusal(path: str, module: nn.Module) -> str:
+    if path.endswith("parametrizations.weight") or ".parametrizations." in f".{path}.":
+        return "the tensor is reparametrised; remove the parametrisation or own the whole tensor"
+    return ""
+
+
+def check_names(asked: Iterable[str], known: Iterable[str], what: str) -> None:
+    """Refuse names that the base does not have.
+
+    Raises:
+        PlanError: names the first unknown one, with close matches.
+    """
+    existing = set(known)
+    for name in asked:
+        if name not in existing:
+            hint = close_matches(name, existing)
+            raise PlanError(f"{what} '{name}' is not in the base.{hint}")

@@ -1,0 +1,183 @@
+"""Where a model keeps tensors: flat tables with readable keys inside an ordinary module tree."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, MutableMapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .patch import Patch
+from .sharing import Sharing
+from .sites import named_tensors
+from .task import Task
+
+
+def escape(key: str) -> str:
+    """A key as one part of a state-dict name: dots become slashes, reversibly.
+
+    ``~`` becomes ``~0``, ``/`` becomes ``~1``, then ``.`` becomes ``/``.
+    """
+    return key.replace("~", "~0").replace("/", "~1").replace(".", "/")
+
+
+def unescape(part: str) -> str:
+    """The inverse of `escape`."""
+    return part.replace("/", ".").replace("~1", "/").replace("~0", "~")
+
+
+class TensorTable(nn.Module, MutableMapping[str, Tensor]):
+    """Tensors by key; a parameter trains, a plain tensor is a buffer."""
+
+    def __init__(self, tensors: Mapping[str, Tensor] | None = None) -> None:
+        super().__init__()
+        for key, tensor in (tensors or {}).items():
+            self[key] = tensor
+
+    def __getitem__(self, key: str) -> Tensor:
+        part = escape(key)
+        tensor = self._parameters.get(part)
+        if tensor is None:
+            tensor = self._buffers.get(part)
+        if tensor is None:
+            raise KeyError(key)
+        return tensor
+
+    def __setitem__(self, key: str, tensor: Tensor) -> None:
+        # Written to the tables directly: a key may be any tensor's name, "forward" included.
+        part = escape(key)
+        self._parameters.pop(part, None)
+        self._buffers.pop(part, None)
+        if isinstance(tensor, nn.Parameter):
+            self._parameters[part] = tensor
+        else:
+            self._buffers[part] = tensor
+
+    def __delitem__(self, key: str) -> None:
+        self[key]
+        self._parameters.pop(escape(key), None)
+        self._buffers.pop(escape(key), None)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from (unescape(part) for part in self._parameters)
+        yield from (unescape(part) for part in self._buffers)
+
+    def __len__(self) -> int:
+        return len(self._parameters) + len(self._buffers)
+
+    def __bool__(self) -> bool:
+        return True
+
+    # A module is equal to itself only; the mapping's field-wise equality would compare tensors.
+    __hash__ = nn.Module.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
+class TaskState(nn.Module):
+    """Everything a model holds for one task.
+
+    Args:
+        task: head, loss and metric.
+        sharing: the plan it was made by.
+        patches: by base tensor name, what the task does with it now (the plan's patches until the
+            task is hardened).
+        own: the task's own tensors by key.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        sharing: Sharing,
+        patches: Mapping[str, Patch],
+        own: Mapping[str, Tensor],
+    ) -> None:
+        super().__init__()
+        # A head given as a module is copied, so that two models never share one; the description
+        # keeps no second copy of it.
+        self.task = task if not isinstance(task.head, nn.Module) else replace(task, head=None)
+        self.sharing = sharing
+        self.patches = dict(patches)
+        self.own = TensorTable(own)
+        self.head: nn.Module | None = None
+        self.head_is_built = task.head is None
+        self.scores: dict[str, float] = {}  # of gates that are final, by base tensor name
+        self.facts: dict[str, Any] = {}  # plain values that travel with the task: metrics, history
+        if isinstance(task.head, nn.Module):
+            self.set_head(copy.deepcopy(task.head))
+
+    def set_head(self, head: nn.Module | None) -> None:
+        """Install the head; from now on it belongs to the model."""
+        self.head = head
+        self.head_is_built = True
+
+    def build_head(self, features: Tensor) -> None:
+        """Build a head that is sized by the base's output, if the task has one not built yet.
+
+        Args:
+            features: (rows, ...) what the head will read; rows of one suffice.
+        """
+        if self.head_is_built:
+            return
+        make = self.task.head
+        assert make is not None
+        self.set_head(make(features.detach()).to(features.device))
+
+
+class TaskTable(nn.Module, Mapping[str, TaskState]):
+    """Task states by name, in the order in which the tasks were added."""
+
+    def __getitem__(self, name: str) -> TaskState:
+        state = self._modules[escape(name)]
+        assert isinstance(state, TaskState)
+        return state
+
+    def __iter__(self) -> Iterator[str]:
+        return (unescape(part) for part in self._modules)
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and escape(name) in self._modules
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def add(self, name: str, state: TaskState) -> None:
+        """Append a task."""
+        self._modules[escape(name)] = state
+
+    def remove(self, name: str) -> None:
+        """Drop a task with all it owns."""
+        del self._modules[escape(name)]
+
+    __hash__ = nn.Module.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
+def private_copy(base: nn.Module, own_storage: frozenset[str]) -> nn.Module:
+    """A copy of a module that shares its tensors' memory but not its tensor objects.
+
+    Moving or loading the copy never touches the original; its parameters do not require gradients.
+
+    Args:
+        base: the user's module, left alone.
+        own_storage: names of tensors to copy for real, because they will train.
+    """
+    memo: dict[int, Any] = {}
+    for name, tensor in named_tensors(base):
+        value = tensor.detach()
+        if name in own_storage:
+            value = value.clone()
+        trains = name in own_storage and value.is_floating_point()
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(value, requires_grad=trains) if is_parameter else value
+    with torch.no_grad():
+        return copy.deepcopy(base, memo)

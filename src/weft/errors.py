@@ -1,0 +1,66 @@
+"""Errors of weft: each says what was found, what was expected, and what to do next."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class WeftError(Exception):
+    """Any error that weft raises on purpose."""
+
+
+class PlanError(WeftError, ValueError):
+    """A sharing plan does not fit its base, its tasks, or what is asked of it."""
+
+
+class TaskError(WeftError, ValueError):
+    """A task is unknown, already there, or given what it cannot use."""
+
+
+class DataError(WeftError, ValueError):
+    """Data cannot be used: a wrong shape, a label outside the classes, an empty loader."""
+
+
+class LeaseError(WeftError, RuntimeError):
+    """A view was rebound while a forward or a backward still needed its tensors."""
+
+
+class BankError(WeftError, ValueError):
+    """A stored task is damaged, foreign, or bound to another base."""
+
+
+class ConfigError(WeftError, ValueError):
+    """A configuration names something that does not exist or has a wrong value."""
+
+
+class TrainingError(WeftError, RuntimeError):
+    """Training cannot go on, for instance because a loss is not finite."""
+
+
+class MissingExtra(WeftError, ImportError):
+    """An optional dependency is needed.
+
+    Args:
+        what: what was asked for, as a noun ("a timm base").
+        extra: the extra of the package that installs it.
+    """
+
+    def __init__(self, what: str, extra: str) -> None:
+        super().__init__(
+            f"{what} needs an extra. Install it with: pip install 'weft-share[{extra}]'"
+        )
+
+
+def close_matches(name: str, known: Iterable[str]) -> str:
+    """The names of ``known`` that resemble ``name``, as a sentence to append to an error.
+
+    Args:
+        name: the name that was not found.
+        known: the names that exist.
+
+    Returns:
+        ``" Close matches: a, b."`` or an empty string.
+    """
+    matches = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f" Close matches: {', '.join(matches)}." if matches else ""

@@ -1,0 +1,1 @@
+"""One file per published system; each function returns a plan for a base."""

@@ -1,0 +1,97 @@
+"""Hard parameter sharing: the bottom or the top of the network is private, the rest is common.
+
+Zhang, Yang, Liu, Guan, "Rethinking Hard-Parameter Sharing in Multi-Domain Learning", ICME 2022,
+https://arxiv.org/abs/2107.11359.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import nn
+
+from weft.core.patch import Patch, Replace
+from weft.core.sharing import Sharing
+from weft.core.sites import Kind, Site, sites
+from weft.errors import PlanError
+
+
+def hard_sharing(
+    base: nn.Module,
+    *,
+    own: Literal["bottom", "top"] = "bottom",
+    fraction: float = 0.1,
+    batchnorm: Literal["private", "follow"] = "private",
+) -> Sharing:
+    """Each task owns the bottom (or top) layers; the others train for all tasks together.
+
+    Source: Rethinking Hard-Parameter Sharing, section 3.
+
+    Args:
+        base: a module whose layers are registered in the order in which they run.
+        own: which end of the network is private.
+        fraction: of the base's parameters, in (0, 1). The cut falls between layers, at the place
+            nearest to the fraction; a layer keeps the normalisation that follows it. The ledger
+            says what was reached.
+        batchnorm: "private" gives each task the batch normalisation of the common part too, since
+            statistics of mixed tasks fit none of them; "follow" shares it with its layer.
+
+    Returns:
+        The plan. Tasks train together; nothing is frozen.
+
+    Raises:
+        PlanError: a wrong option.
+
+    Differs from the paper in that batch normalisation is private by default. Whether the paper's
+    was is not known; it is an option because it confounds the comparison of bottom and top.
+    """
+    if own not in ("bottom", "top"):
+        raise PlanError(f"hard_sharing(own=...) is 'bottom' or 'top', found {own!r}.")
+    if batchnorm not in ("private", "follow"):
+        raise PlanError(
+            f"hard_sharing(batchnorm=...) is 'private' or 'follow', found {batchnorm!r}."
+        )
+    if not 0.0 < fraction < 1.0:
+        raise PlanError(
+            f"hard_sharing(fraction=...) is between 0 and 1, found {fraction}. For nothing or "
+            "everything owned use linear_probe or full_finetune."
+        )
+    units = _units(base)
+    if own == "top":
+        units.reverse()
+    private = [site for unit in units[: _cut(base, units, fraction)] for site in unit]
+    patches: dict[str, Patch] = {n: Replace() for s in private for n in s.parameters + s.statistics}
+    if batchnorm == "private":
+        normalised = [s for s in sites(base) if s.statistics]
+        patches |= {n: Replace() for s in normalised for n in s.parameters + s.statistics}
+    everything = {n for s in sites(base) for n in s.parameters + s.statistics}
+    return Sharing(
+        "hard_sharing",
+        options={"own": own, "fraction": fraction, "batchnorm": batchnorm},
+        patches=patches,
+        train_shared=frozenset(everything - patches.keys()),
+    )
+
+
+def _units(base: nn.Module) -> list[list[Site]]:
+    """Layers in order of registration, each with the normalisation that follows it."""
+    units: list[list[Site]] = []
+    for site in sites(base):
+        if site.kind is Kind.NORM and units:
+            units[-1].append(site)
+        else:
+            units.append([site])
+    return units
+
+
+def _cut(base: nn.Module, units: list[list[Site]], fraction: float) -> int:
+    """How many units come nearest to the fraction, at least one and not all."""
+    size = {name: p.numel() for name, p in base.named_parameters()}
+    total, seen = sum(size.values()), set[str]()
+    reached, distances = 0, []
+    for unit in units:
+        new = {n for s in unit for n in s.parameters} - seen
+        seen |= new
+        reached += sum(size[n] for n in new)
+        distances.append(abs(reached / total - fraction))
+    return 1 + min(range(max(len(units) - 1, 1)), key=distances.__getitem__)

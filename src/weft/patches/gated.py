@@ -1,0 +1,154 @@
+"""Gated patches: a task owns a tensor only while its gate's score is over a threshold.
+
+The forward uses the hard gate, g = 1 if s >= tau else 0. The backward passes the gate's gradient
+unchanged to the score (straight-through), also when the gate is closed, so that it can open again:
+
+    dL/ds = <dL/dE, D>        with the effective weight E = W + g D
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from weft.core.patch import Patch, Replace
+
+CHUNK = 1 << 16
+"""Elements per piece of the dot product below: three pieces of fp32 stay in a core's cache."""
+
+
+@dataclass(frozen=True)
+class _Gated(Patch, ABC):
+    """What both forms share.
+
+    Args:
+        score: key of the gate's score; patches of one layer name the same key.
+        initial: where scores start.
+        threshold: scores at or over it are open.
+    """
+
+    score: str
+    initial: float = 0.15
+    threshold: float = 0.1
+
+    def _is_open(self, tensors: Mapping[str, Tensor]) -> bool:
+        return bool(tensors[self.score] >= self.threshold)
+
+    def _new_score(self, base: Tensor) -> nn.Parameter:
+        return nn.Parameter(base.new_full((), self.initial))
+
+    @abstractmethod
+    def effective(self, name: str, base: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The tensor that an open gate uses."""
+
+    def harden(
+        self, name: str, base: Tensor, tensors: Mapping[str, Tensor]
+    ) -> tuple[Patch | None, dict[str, Tensor]]:
+        if not self._is_open(tensors):
+            return None, {}
+        return Replace(), {name: nn.Parameter(self.effective(name, base, tensors).detach())}
+
+    def gate_score(self, tensors: Mapping[str, Tensor]) -> float | None:
+        return float(tensors[self.score].detach())
+
+
+@dataclass(frozen=True)
+class GatedTuned(_Gated):
+    """The gate chooses between the base tensor and the task's tuned one; nothing is summed.
+
+    Right only over a frozen base: E = W + g D with D = tuned - W. Weight decay on the tuned tensor
+    must pull towards the base, which `weft.fit` does.
+    """
+
+    needs_frozen_base = True
+
+    def keys(self, name: str) -> tuple[str, ...]:
+        return (f"{name}:tuned", self.score)
+
+    def init(self, name: str, base: Tensor) -> dict[str, Tensor]:
+        tuned = nn.Parameter(base.detach().clone())
+        return {f"{name}:tuned": tuned, self.score: self._new_score(base)}
+
+    def compose(self, name: str, base: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        tuned, score = tensors[f"{name}:tuned"], tensors[self.score]
+        chosen: Tensor = _ChooseTuned.apply(base, tuned, score, self.threshold)
+        return chosen
+
+    def effective(self, name: str, base: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:  # noqa: ARG002
+        return tensors[f"{name}:tuned"]
+
+
+@dataclass(frozen=True)
+class GatedResidual(_Gated):
+    """The gate adds the task's residual to the base tensor, which may train as well."""
+
+    def keys(self, name: str) -> tuple[str, ...]:
+        return (f"{name}:residual", self.score)
+
+    def init(self, name: str, base: Tensor) -> dict[str, Tensor]:
+        residual = nn.Parameter(torch.zeros_like(base.detach()))
+        return {f"{name}:residual": residual, self.score: self._new_score(base)}
+
+    def compose(self, name: str, base: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        residual, score = tensors[f"{name}:residual"], tensors[self.score]
+        summed: Tensor = _AddResidual.apply(base, residual, score, self.threshold)
+        return summed
+
+    def effective(self, name: str, base: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        return base + tensors[f"{name}:residual"]
+
+
+class _ChooseTuned(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, base: Tensor, tuned: Tensor, score: Tensor, threshold: float) -> Tensor:
+        ctx.open = bool(score >= threshold)
+        ctx.save_for_backward(base, tuned)
+        return (tuned if ctx.open else base).view_as(base)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        base, tuned = ctx.saved_tensors
+        _, needs_tuned, needs_score, _ = ctx.needs_input_grad
+        # A closed gate gives zeros, not None: momentum then runs out instead of being frozen.
+        own = (grad if ctx.open else torch.zeros_like(grad)) if needs_tuned else None
+        return None, own, _dot_difference(grad, tuned, base) if needs_score else None, None
+
+
+class _AddResidual(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, base: Tensor, residual: Tensor, score: Tensor, threshold: float
+    ) -> Tensor:
+        ctx.open = bool(score >= threshold)
+        ctx.save_for_backward(residual)
+        return base + residual if ctx.open else base.view_as(base)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (residual,) = ctx.saved_tensors
+        needs_base, needs_residual, needs_score, _ = ctx.needs_input_grad
+        own = (grad if ctx.open else torch.zeros_like(grad)) if needs_residual else None
+        score = (grad * residual).sum() if needs_score else None
+        return grad if needs_base else None, own, score, None
+
+
+def _dot_difference(grad: Tensor, tuned: Tensor, base: Tensor) -> Tensor:
+    """<grad, tuned - base> without writing the difference to memory.
+
+    Two dot products would be as fast but lose the digits that a small difference consists of.
+    """
+    if torch.is_grad_enabled() or grad.device.type != "cpu" or grad.numel() <= CHUNK:
+        return (grad * (tuned - base)).sum()
+    flat = [t.reshape(-1).split(CHUNK) for t in (grad, tuned, base)]
+    difference = flat[1][0].new_empty(CHUNK)
+    total = grad.new_zeros(())
+    for g, t, b in zip(*flat, strict=True):
+        piece = difference[: len(g)]
+        torch.sub(t, b, out=piece)
+        total += torch.dot(g, piece)
+    return total

@@ -1,0 +1,89 @@
+"""The methods by name, each with the laws that it is excepted from and why."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+from torch import nn
+
+from .core.sharing import Sharing
+from .errors import ConfigError, close_matches
+from .methods.baselines import bias_only, full_finetune, linear_probe
+from .methods.hard_sharing import hard_sharing
+from .methods.model_patches import depthwise_patch, scale_bias
+from .methods.taps import taps
+
+
+class Law(IntEnum):
+    """What holds for every method unless its registration says otherwise."""
+
+    FRESH_IS_BASE = 1
+    TASKS_ARE_ISOLATED = 2
+    ALL_PATHS_AGREE = 3
+    GRADIENTS_REACH_THE_TRAINABLE = 4
+    TIES_AND_STATISTICS_HOLD = 5
+    LEDGER_IS_EXACT = 6
+    THREADS_AND_GRAPHS_AGREE = 7
+    FILES_ARE_EXACT = 8
+    LAYERS_ARE_RIGHT_OR_REFUSED = 9
+    PROCESSES_AGREE = 10
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registered method.
+
+    Args:
+        plan: the function that makes its plan.
+        summary: one line for lists.
+        exceptions: laws that do not hold, with the reason.
+    """
+
+    plan: Callable[..., Sharing]
+    summary: str
+    exceptions: Mapping[Law, str] = field(default_factory=dict)
+
+
+METHODS: dict[str, Method] = {
+    "linear_probe": Method(linear_probe, "a head on the frozen base"),
+    "bias_only": Method(bias_only, "own biases (BitFit)"),
+    "scale_bias": Method(scale_bias, "own normalisation (K for the Price of 1)"),
+    "depthwise_patch": Method(depthwise_patch, "own depthwise kernels (K for the Price of 1)"),
+    "taps": Method(taps, "own the layers that pay, by a learned gate each (TAPS)"),
+    "hard_sharing": Method(
+        hard_sharing,
+        "own the bottom or the top, train the rest together",
+        {Law.TASKS_ARE_ISOLATED: "the common part trains with every task"},
+    ),
+    "full_finetune": Method(full_finetune, "own everything"),
+}
+
+
+def method(name: str, base: nn.Module, **options: Any) -> Sharing:
+    """The plan of a method by name.
+
+    Args:
+        name: one of ``weft methods``.
+        base: the base network.
+        options: the method's own options.
+
+    Raises:
+        ConfigError: an unknown method or option, with close matches.
+    """
+    if name not in METHODS:
+        raise ConfigError(
+            f"There is no method '{name}'. Methods: {', '.join(METHODS)}."
+            + close_matches(name, METHODS)
+        )
+    known = list(inspect.signature(METHODS[name].plan).parameters)[1:]
+    for option in options:
+        if option not in known:
+            raise ConfigError(
+                f"'{name}' has no option '{option}'. Options: {', '.join(known) or 'none'}."
+                + close_matches(option, known)
+            )
+    return METHODS[name].plan(base, **options)
