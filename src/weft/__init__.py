@@ -12,6 +12,7 @@ from .methods.model_patches import depthwise_patch, scale_bias
 from .methods.taps import taps
 from .registry import METHODS, method
 from .tasks import Binary, Classification, Regression, Segmentation
+from .training import History, evaluate, fit
 
 __version__ = "0.1.0"
 
@@ -19,6 +20,7 @@ __all__ = [
     "METHODS",
     "Binary",
     "Classification",
+    "History",
     "Ledger",
     "MultiTaskModel",
     "Regression",
@@ -30,6 +32,8 @@ __all__ = [
     "WeftError",
     "bias_only",
     "depthwise_patch",
+    "evaluate",
+    "fit",
     "full_finetune",
     "hard_sharing",
     "linear_probe",

@@ -63,6 +63,10 @@ class Patch(ABC):
             the base tensor after all.
         """
 
+    def anchored(self, name: str) -> tuple[str, ...]:  # noqa: ARG002
+        """Keys of own tensors that weight decay pulls towards the base tensor, not towards zero."""
+        return ()
+
     def gate_score(self, tensors: Mapping[str, Tensor]) -> float | None:  # noqa: ARG002
         """The score of the patch's gate, or None if it has no gate; kept after hardening."""
         return None

@@ -74,6 +74,9 @@ class GatedTuned(_Gated):
         tuned = nn.Parameter(base.detach().clone())
         return {f"{name}:tuned": tuned, self.score: self._new_score(base)}
 
+    def anchored(self, name: str) -> tuple[str, ...]:
+        return (f"{name}:tuned",)
+
     def compose(self, name: str, base: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         tuned, score = tensors[f"{name}:tuned"], tensors[self.score]
         chosen: Tensor = _ChooseTuned.apply(base, tuned, score, self.threshold)
