@@ -57,6 +57,9 @@ def _declare_missing_vision_operators() -> torch.library.Library | None:
 
 _LIBRARY = _declare_missing_vision_operators()
 
+# Tiny networks on a shared machine: more threads cost more than they give.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:

@@ -81,7 +81,9 @@ def run_cell(config: dict[str, Any], data: Path, task: str, cell: str, seed: int
     }
 
 
-def worker(config: dict[str, Any], data: Path, out: Path, cells: list[tuple[str, str, int]]) -> None:
+def worker(
+    config: dict[str, Any], data: Path, out: Path, cells: list[tuple[str, str, int]]
+) -> None:
     """Run the cells that no process has taken yet."""
     torch.set_num_threads(1)
     if platform.system() == "Linux":
@@ -125,8 +127,8 @@ def main() -> None:
         stale.unlink()
     cells = [
         (task, cell, seed)
-        for seed in config["seeds"]
         for cell in config["cells"]
+        for seed in config["seeds"]
         for task in config["tasks"]
     ]
     context = multiprocessing.get_context("spawn")

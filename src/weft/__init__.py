@@ -1,5 +1,6 @@
 """One base network, many tasks: learn what each task owns and what it shares."""
 
+from .bank import Bank
 from .core.ledger import Ledger
 from .core.model import MultiTaskModel, Step
 from .core.sharing import Sharing
@@ -11,6 +12,7 @@ from .methods.hard_sharing import hard_sharing
 from .methods.model_patches import depthwise_patch, scale_bias
 from .methods.taps import taps
 from .registry import METHODS, method
+from .reporting import report
 from .tasks import Binary, Classification, Regression, Segmentation
 from .training import History, evaluate, fit
 
@@ -18,6 +20,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "METHODS",
+    "Bank",
     "Binary",
     "Classification",
     "History",
@@ -38,6 +41,7 @@ __all__ = [
     "hard_sharing",
     "linear_probe",
     "method",
+    "report",
     "scale_bias",
     "taps",
 ]

@@ -79,7 +79,7 @@ def method(name: str, base: nn.Module, **options: Any) -> Sharing:
             f"There is no method '{name}'. Methods: {', '.join(METHODS)}."
             + close_matches(name, METHODS)
         )
-    known = list(inspect.signature(METHODS[name].plan).parameters)[1:]
+    known = options_of(name)
     for option in options:
         if option not in known:
             raise ConfigError(
@@ -87,3 +87,9 @@ def method(name: str, base: nn.Module, **options: Any) -> Sharing:
                 + close_matches(option, known)
             )
     return METHODS[name].plan(base, **options)
+
+
+def options_of(name: str) -> dict[str, Any]:
+    """The options of a registered method with their defaults."""
+    parameters = list(inspect.signature(METHODS[name].plan).parameters.values())[1:]
+    return {p.name: p.default for p in parameters}

@@ -136,6 +136,7 @@ def make_ledger(
     own: Mapping[str, Tensor],
     known_scores: Mapping[str, float],
     head: nn.Module | None,
+    shared: Mapping[str, Tensor] | None = None,
 ) -> Ledger:
     """The ledger of a task as it would be stored now: gates final, closed layers shared.
 
@@ -146,10 +147,11 @@ def make_ledger(
         own: the task's own tensors by key, those of adapters included.
         known_scores: scores of gates that are final already, by base tensor name.
         head: the task's head, if it is built.
+        shared: the shared tensors that the model's plan adds, by key.
     """
     tensors = dict(named_tensors(base))
     buffers = {name for name, t in tensors.items() if not isinstance(t, nn.Parameter)}
-    kept, hardened = harden(tensors, patches, own)
+    kept, hardened = harden(tensors, patches, {**(shared or {}), **own})
     read = {key for name, patch in patches.items() for key in patch.keys(name)}
     added = {key: t for key, t in own.items() if key not in read}
     where = {n: s for s in reversed(sites(base)) for n in s.parameters + s.statistics}

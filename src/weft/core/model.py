@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from weft.errors import DataError, PlanError, TaskError, close_matches
+from weft.errors import PlanError, TaskError
 
-from .adapter import Call, Records
+from .adapter import Records
+from .checks import adapter_tensors, check_plan
+from .folding import fold
 from .ledger import Ledger, gate_scores, harden, make_ledger
-from .rows import assemble, call_arguments, count_rows, select_output, select_rows
-from .sharing import Sharing
-from .sites import canonical_names, check_names, named_tensors, statistics_modules, tensor_slots
-from .state import TaskState, TaskTable, TensorTable, private_copy
-from .task import Task, check_task_name
-from .view import SLOT, Pool, Structure, View, taps
-
-Rows = str | Sequence[str] | Tensor
-"""Which task: one name for all rows, one name per row, or one index into `task_names` per row."""
+from .rows import (
+    Arguments,
+    Rows,
+    assemble,
+    call_arguments,
+    chosen_tasks,
+    count_rows,
+    known_task,
+    places,
+    select_rows,
+)
+from .running import Output, Runner
+from .sharing import Sharing, charges
+from .sites import canonical_names
+from .state import TaskState, TaskTable, TensorTable, private_copy, restore_ties
+from .task import Task, check_task, check_task_name
+from .view import View
 
 
 @dataclass(frozen=True)
@@ -58,26 +65,23 @@ class MultiTaskModel(nn.Module):
     """
 
     def __init__(
-        self,
-        base: nn.Module,
-        sharing: Sharing,
-        *,
-        example: Any = None,
-        output: str | int | Callable[[Any], Tensor] | None = None,
+        self, base: nn.Module, sharing: Sharing, *, example: Any = None, output: Output = None
     ) -> None:
         super().__init__()
-        self.sharing = self._checked(base, sharing)
+        check_plan(base, sharing, sharing.train_shared)
+        self.sharing = sharing
         self.base = private_copy(base, sharing.train_shared)
         self.shared = TensorTable()
         self.tasks = TaskTable()
         self.output = output
         self.example = example
-        self._slots = tensor_slots(self.base)
-        self._statistics = {n for ns in statistics_modules(self.base).values() for n in ns}
-        self._pools: dict[Sharing | None, Pool] = {}
-        self._base_is_borrowed = True
-        self._register_load_state_dict_pre_hook(self._before_loading)
-        self._create_shared(sharing)
+        for key, created in sharing.created.items():
+            value = created.value.detach().clone()
+            self.shared[key] = nn.Parameter(value) if created.trains else value
+        self.shared.update(adapter_tensors(self.base, sharing)[1])
+        self._names = canonical_names(self.base)
+        self._runner = Runner(self.base, self.shared, output)
+        self.register_load_state_dict_post_hook(_restore_ties)  # type: ignore[no-untyped-call]
 
     # ------------------------------------------------------------------ tasks
 
@@ -95,49 +99,52 @@ class MultiTaskModel(nn.Module):
             sharing: another plan for this task; only plans that leave shared tensors alone.
 
         Raises:
-            TaskError: the name is taken or cannot be one.
+            TaskError: the name is taken or cannot be one, or this is no task.
             PlanError: the plan does not fit the base, or would create or train shared tensors.
         """
         check_task_name(name, self.tasks)
-        if sharing is None or sharing is self.sharing:
-            plan = self.sharing
-        else:
-            plan = self._checked(self.base, sharing)
-            shares = {n for s in plan.adapters for n in self._adapter_tensors(plan, s)[1]}
-            if not plan.only_owns or shares:
-                raise PlanError(
-                    f"The plan '{plan.method}' creates or trains shared tensors, which only the "
-                    "model's own plan may: give it to MultiTaskModel(base, sharing)."
-                )
-        base = self._base_tensors()
-        patches = plan.patches
+        check_task(task)
+        plan = self.sharing if sharing is None else sharing
+        if plan is not self.sharing:
+            check_plan(self.base, plan, self.sharing.train_shared)
+        adapters, shared_by_adapters = adapter_tensors(self.base, plan)
+        if plan is not self.sharing and (not plan.only_owns or shared_by_adapters):
+            raise PlanError(
+                f"The plan '{plan.method}' creates or trains shared tensors, which only the "
+                "model's own plan may: give it to MultiTaskModel(base, sharing)."
+            )
+        base = self._runner.base_tensors()
         own: dict[str, Tensor] = {}
-        for tensor_name, patch in patches.items():
+        for tensor_name, patch in plan.patches.items():
             for key, value in patch.init(tensor_name, base[tensor_name]).items():
                 own.setdefault(key, value)
-        for site in plan.adapters:
-            own.update(self._adapter_tensors(plan, site)[0])
-        state = TaskState(task, plan, patches, own)
-        self.install(name, state)
+        self.install(name, TaskState(task, plan, plan.patches, {**own, **adapters}))
 
     def install(self, name: str, state: TaskState) -> None:
-        """Add a task whose tensors exist already, for instance one loaded from a bank."""
+        """Add a task whose tensors exist already, for instance one loaded from a bank.
+
+        Args:
+            name: its name, usable as a folder's name.
+            state: what the model holds for it from now on.
+
+        Raises:
+            TaskError: the name is taken or cannot be one.
+        """
         check_task_name(name, self.tasks)
-        reference = next(iter(self._base_tensors().values()), torch.empty(0))
-        state.to(reference.device)
+        state.to(self._runner.reference().device)
         state.train(self.training)
-        self.tasks.add(name, state)
         if self.example is not None and not state.head_is_built:
-            try:
-                self._dry_run(state)
-            except BaseException:
-                self.tasks.remove(name)
-                raise
+            self._runner.dry_run(state, self.example)
+        self.tasks.add(name, state)
 
     def remove_task(self, name: str) -> None:
-        """Drop a task with all that it owns."""
-        self._state(name)
-        self.tasks.remove(name)
+        """Drop a task with all that it owns.
+
+        Raises:
+            TaskError: no such task.
+        """
+        self.tasks.remove(known_task(name, self.task_names))
+        self._runner.sweep()
 
     def head(self, task: str) -> nn.Module | None:
         """The task's head; None if the task uses the base's output itself.
@@ -164,7 +171,7 @@ class MultiTaskModel(nn.Module):
         Args:
             inputs: one tensor, tuple or dict of tensors with rows first, or the positional inputs
                 of the base.
-            task: one name for all rows, or one name or index per row.
+            task: a name or an index into `task_names`, for all rows or one per row.
             context: handed to adapters (labels, a prompt).
             kwargs: keyword inputs of the base.
 
@@ -176,30 +183,30 @@ class MultiTaskModel(nn.Module):
             TaskError: an unknown task.
             DataError: the number of names differs from the number of rows.
         """
-        args, kwargs = call_arguments(inputs, kwargs)
-        if isinstance(task, str):
-            return self._run({task: (args, kwargs)}, context)[0][task]
-        names = self._names(task, count_rows(args, kwargs))
-        rows = {
-            n: torch.tensor([i for i, m in enumerate(names) if m == n])
-            for n in dict.fromkeys(names)
-        }
-        parts = {n: select_rows((args, kwargs), index) for n, index in rows.items()}
-        outputs, _ = self._run(parts, context)
-        return assemble(outputs, rows)
+        batch = call_arguments(inputs, kwargs)
+        rows = count_rows(*batch)
+        names = chosen_tasks(task, self.task_names, rows)
+        if isinstance(names, str):
+            return self._run({names: batch}, context)[0][names]
+        found = places(names)
+        parts = {name: select_rows(batch, index, rows) for name, index in found.items()}
+        return assemble(self._run(parts, context)[0], found)
 
-    def predict_all(self, *inputs: Any, **kwargs: Any) -> dict[str, Any]:
+    def predict_all(
+        self, *inputs: Any, context: Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """Every task's output on the same input.
 
         Args:
             inputs: as for a call of the model.
-            kwargs: as for a call of the model.
+            context: handed to adapters.
+            kwargs: keyword inputs of the base.
 
         Returns:
             ``{task: output}``.
         """
         batch = call_arguments(inputs, kwargs)
-        return self._run(dict.fromkeys(self.tasks, batch), None)[0]
+        return self._run(dict.fromkeys(self.tasks, batch), context)[0]
 
     def step(
         self,
@@ -215,9 +222,17 @@ class MultiTaskModel(nn.Module):
             context: handed to adapters.
             charge: factors on the penalties of the tasks' plans; one task of a plan speaks for
                 all of them. Default: 1.
+
+        Returns:
+            Outputs, records and the penalty, to be differentiated together.
+
+        Raises:
+            TaskError: an unknown task.
+            DataError: a group of one row meets a batch normalisation that trains.
         """
-        parts = {name: call_arguments((x,), {}) for name, x in batches.items()}
-        outputs, records = self._run(parts, context)
+        outputs, records = self._run(
+            {name: call_arguments((x,), {}) for name, x in batches.items()}, context
+        )
         return Step(outputs, records, self._penalty(records, charge or {}))
 
     def penalty(self, task: str) -> Tensor:
@@ -227,37 +242,38 @@ class MultiTaskModel(nn.Module):
             PlanError: the plan charges for what adapters record in a forward; use `step`.
         """
         plan = self._state(task).sharing
-        for penalty in plan.penalties:
-            if penalty.needs_records:
-                raise PlanError(
-                    f"'{plan.method}' charges for what a forward records. Use model.step"
-                    "({task: batch}), which computes outputs and penalty together."
-                )
+        if any(penalty.needs_records for penalty in plan.penalties):
+            raise PlanError(
+                f"'{plan.method}' charges for what a forward records. Use model.step"
+                "({task: batch}), which computes outputs and penalty together."
+            )
         return self._penalty({task: {}}, {})
 
     def view(self, task: str) -> View:
         """The structure bound to one task's tensors: ``view(x)`` is its backbone output.
 
-        In eval mode a view holds detached tensors, of one kind for all tasks, so that tasks share
-        a compiled graph; bind ``model.tensors(task)`` to differentiate with respect to them. In
+        In eval mode a view holds constants, of one kind for all tasks, so that tasks share a
+        compiled graph; bind ``model.tensors(task)`` to differentiate with respect to them. In
         training mode it holds those.
+
+        Raises:
+            TaskError: no such task.
         """
-        state = self._state(task)
-        tensors = self._composed(state)
-        if not self.training:
-            buffers = {
-                n for n, t in self._base_tensors().items() if not isinstance(t, nn.Parameter)
-            }
-            tensors = {
-                n: t.detach() if n in buffers else nn.Parameter(t.detach(), requires_grad=False)
-                for n, t in tensors.items()
-            }
-        statistics = self._trained_statistics(state)
-        return View(self._pool(state.sharing), tensors, statistics, training=self.training)
+        return self._runner.view(self._state(task), training=self.training)
 
     def tensors(self, task: str) -> dict[str, Tensor]:
-        """Every tensor that runs for the task, by name, differentiable: the whole truth."""
-        return self._composed(self._state(task))
+        """Every tensor that runs for the task, by name: the whole truth.
+
+        Returns:
+            ``{name: tensor}``, differentiable in grad mode, otherwise constants.
+
+        Raises:
+            TaskError: no such task.
+        """
+        tensors = self._runner.compose(self._state(task))
+        if torch.is_grad_enabled():
+            return tensors
+        return {name: tensor.detach() for name, tensor in tensors.items()}
 
     # --------------------------------------------------------------- training
 
@@ -273,13 +289,11 @@ class MultiTaskModel(nn.Module):
 
     def trainable(self, task: str) -> dict[str, nn.Parameter]:
         """The task's own trainable tensors by key, without its head."""
-        own = self._state(task).own
-        return {k: p for k, p in own.items() if isinstance(p, nn.Parameter) and p.requires_grad}
+        return _trainable(self._state(task).own.to_dict())
 
     def shared_trainable(self) -> dict[str, nn.Parameter]:
         """The shared tensors that the model's plan trains, by base name or created key."""
-        tensors = {**self._base_tensors(), **self.shared}
-        return {k: p for k, p in tensors.items() if isinstance(p, nn.Parameter) and p.requires_grad}
+        return _trainable({**self._runner.base_tensors(), **self.shared.to_dict()})
 
     def plan(self, task: str) -> Sharing:
         """The plan that the task was made by."""
@@ -293,19 +307,19 @@ class MultiTaskModel(nn.Module):
         Outputs do not change. `fit` does this at its end.
         """
         state = self._state(task)
-        state.scores.update(gate_scores(state.patches, state.own))
+        own = state.own.to_dict()
+        state.scores.update(gate_scores(state.patches, own))
         read = {key for name, patch in state.patches.items() for key in patch.keys(name)}
-        added = {key: t for key, t in state.own.items() if key not in read}
-        base = self._base_tensors()
-        state.patches, own = harden(base, state.patches, {**self.shared, **state.own})
-        state.own = TensorTable({**own, **added})
+        added = {key: t for key, t in own.items() if key not in read}
+        tensors = {**self.shared.to_dict(), **own}
+        state.patches, kept = harden(self._runner.base_tensors(), state.patches, tensors)
+        state.own = TensorTable({**kept, **added})
 
     def ledger(self, task: str) -> Ledger:
         """What the task owns, shares and costs, as it would be stored now."""
         state = self._state(task)
-        patches, head = state.patches, state.head
-        own = dict(state.own)
-        return make_ledger(task, self.base, patches, own, state.scores, head)
+        own, shared = state.own.to_dict(), self.shared.to_dict()
+        return make_ledger(task, self.base, state.patches, own, state.scores, state.head, shared)
 
     def fold(self, task: str) -> nn.Module:
         """A plain module of the base's class with the task baked in, without its head.
@@ -314,236 +328,52 @@ class MultiTaskModel(nn.Module):
             PlanError: an adapter of the plan has no plain form.
         """
         state = self._state(task)
-        tensors = {n: t.detach().clone() for n, t in self.tensors(task).items()}
-        memo: dict[int, Any] = {
-            id(t): nn.Parameter(tensors[n]) if isinstance(t, nn.Parameter) else tensors[n]
-            for n, t in self._base_tensors().items()
-        }
-        plain = copy.deepcopy(self.base, memo)
-        for site, insertion in state.sharing.adapters.items():
-            inner = plain.get_submodule(site)
-            adapter = insertion.build(inner)
-            values = {n: tensors[site + SLOT + n] for n, _ in named_tensors(adapter)}
-            adapter.load_state_dict(values)
-            plain.set_submodule(site, adapter.fold(inner))
-        return plain.train(self.training)
+        with torch.no_grad():
+            tensors = self._runner.compose(state)
+        return fold(self.base, tensors, state.sharing).train(self.training)
 
     # ---------------------------------------------------------------- inside
 
-    def _checked(self, base: nn.Module, sharing: Sharing) -> Sharing:
-        canonical = canonical_names(base)
-        check_names(sharing.patches, canonical, f"'{sharing.method}' patches")
-        check_names(sharing.train_shared, canonical, f"'{sharing.method}' trains")
-        for name, patch in sharing.patches.items():
-            if canonical[name] != name:
-                raise PlanError(
-                    f"'{name}' is tied to '{canonical[name]}'; patch it under that name."
-                )
-            if patch.needs_frozen_base and name in sharing.train_shared:
-                raise PlanError(
-                    f"The patch of '{name}' is only right over a frozen base, but the plan "
-                    f"'{sharing.method}' trains that tensor. Use the residual form."
-                )
-        return sharing
-
-    def _create_shared(self, sharing: Sharing) -> None:
-        for key, created in sharing.created.items():
-            value = created.value.detach().clone()
-            self.shared[key] = nn.Parameter(value) if created.trains else value
-        for site in sharing.adapters:
-            for key, value in self._adapter_tensors(sharing, site)[1].items():
-                self.shared[key] = value
-
-    def _adapter_tensors(
-        self, sharing: Sharing, site: str
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Initial own and shared tensors of the adapter at a site, by key."""
-        try:
-            inner = self.base.get_submodule(site)
-        except AttributeError:
-            known = dict(self.base.named_modules())
-            hint = close_matches(site, known)
-            raise PlanError(
-                f"'{sharing.method}' inserts at '{site}': no such module.{hint}"
-            ) from None
-        adapter = sharing.adapters[site].build(inner)
-        shared = adapter.shared_names()
-        tensors = dict(named_tensors(adapter))
-        own = {site + SLOT + n: t for n, t in tensors.items() if n not in shared}
-        return own, {site + SLOT + n: t for n, t in tensors.items() if n in shared}
-
     def _state(self, task: str) -> TaskState:
-        if not isinstance(task, str) or task not in self.tasks:
-            have = ", ".join(self.tasks) or "none yet"
-            hint = close_matches(str(task), self.tasks)
-            raise TaskError(f"There is no task {task!r}. Tasks: {have}.{hint}")
-        return self.tasks[task]
-
-    def _names(self, task: Sequence[str] | Tensor, rows: int) -> list[str]:
-        names = self.task_names
-        if isinstance(task, Tensor):
-            indices = task.tolist()
-            if not isinstance(indices, list) or task.is_floating_point():
-                raise TaskError(
-                    "Integer tasks are one index per row, a LongTensor of shape (rows,)."
-                )
-            for i in indices:
-                if not 0 <= i < len(names):
-                    raise TaskError(f"Task index {i} is outside 0..{len(names) - 1}.")
-            chosen = [names[i] for i in indices]
-        else:
-            chosen = list(task)
-        if len(chosen) != rows:
-            raise DataError(f"One task per row: found {len(chosen)} tasks for {rows} rows.")
-        for name in dict.fromkeys(chosen):
-            self._state(name)
-        return chosen
-
-    def _base_tensors(self) -> dict[str, Tensor]:
-        return {name: table[attribute] for name, table, attribute in self._slots}
-
-    def _composed(self, state: TaskState) -> dict[str, Tensor]:
-        """The task's tensors: differentiable in grad mode, otherwise detached."""
-        tensors = self._base_tensors()
-        own = {**self.shared, **state.own}
-        for name, patch in state.patches.items():
-            tensors[name] = patch.compose(name, tensors[name], own)
-        for site in state.sharing.adapters:
-            tensors.update({k: t for k, t in own.items() if k.startswith(site + SLOT)})
-        if not torch.is_grad_enabled():
-            return {name: t.detach() for name, t in tensors.items()}
-        return tensors
-
-    def _trained_statistics(self, state: TaskState) -> frozenset[str]:
-        owned = self._statistics & state.patches.keys()
-        return frozenset(owned | (self._statistics & state.sharing.train_shared))
-
-    def _pool(self, sharing: Sharing) -> Pool:
-        # Plans without adapters run the same structure.
-        key = sharing if sharing.adapters else None
-        pool = self._pools.get(key)
-        if pool is None:
-            pool = self._pools.setdefault(key, Pool(self.base, sharing.adapters))
-        return pool
+        return self.tasks[known_task(task, self.task_names)]
 
     def _run(
-        self,
-        parts: Mapping[str, tuple[tuple[Any, ...], dict[str, Any]]],
-        context: Mapping[str, Any] | None,
+        self, parts: Mapping[str, Arguments], context: Mapping[str, Any] | None
     ) -> tuple[dict[str, Any], dict[str, Records]]:
-        outputs: dict[str, Any] = {}
-        records: dict[str, Records] = {}
         states = {name: self._state(name) for name in parts}
-        single = any(count_rows(*part) == 1 for part in parts.values())
-        with self._statistics_kept_on_error(states.values(), single):
-            for name, (args, kwargs) in parts.items():
-                call = Call(context=context or {})
-                outputs[name] = self._run_task(states[name], args, kwargs, call)
-                records[name] = call.records
-        return outputs, records
-
-    def _run_task(
-        self, state: TaskState, args: tuple[Any, ...], kwargs: dict[str, Any], call: Call
-    ) -> Any:
-        tensors = self._composed(state)
-        trained = self._trained_statistics(state)
-        with self._pool(state.sharing).lease() as structure:
-            structure.set_mode(self.training, trained)
-            if self.training:
-                for name in structure.foreign_buffers(trained):
-                    if name not in state.patches:
-                        tensors[name] = structure.scratch(name, tensors[name])
-            structure.bind(tensors)
-            features = select_output(structure.run(args, kwargs, call), self.output)
-            side = taps(structure, call.records) if state.task.taps else None
-            self._check_reached(structure)
-            if self.training:
-                structure.hold_statistics(trained)
-        if not state.head_is_built:
-            state.build_head(features)
-            state.train(self.training)
-        if state.head is None:
-            return features
-        return state.head(features) if side is None else state.head(features, side)
-
-    def _check_reached(self, structure: Structure) -> None:
-        bypassed = structure.bypassed()
-        if bypassed:
-            raise PlanError(
-                f"The adapter at '{bypassed[0]}' has no effect: its parent uses the module's "
-                "tensors without calling it. Leave this site out, or patch its tensors instead."
-            )
-
-    @contextmanager
-    def _statistics_kept_on_error(
-        self, states: Iterable[TaskState], single: bool
-    ) -> Iterator[None]:
-        """Refuse a group too small for its batch norm before any statistics have changed.
-
-        A batch norm refuses one value per channel only after earlier layers have updated their
-        statistics; only groups of one row can meet this, so only they pay for a copy.
-        """
-        kept: list[tuple[Tensor, Tensor]] = []
-        if single and self.training:
-            for state in states:
-                tensors = {**self._base_tensors(), **state.own}
-                names = self._trained_statistics(state)
-                kept += [(tensors[n], tensors[n].clone()) for n in names]
-        try:
-            yield
-        except ValueError as error:
-            for tensor, before in kept:
-                tensor.copy_(before)
-            if kept and "more than 1 value per channel" in str(error):
-                raise DataError(
-                    "A group of one row is too small for a batch normalisation that the task "
-                    "trains: it needs more than one value per channel. Use larger batches, drop "
-                    "the last incomplete one, or call model.eval()."
-                ) from error
-            raise
+        return self._runner.run(states, parts, context or {}, training=self.training)
 
     def _penalty(self, records: Mapping[str, Records], charge: Mapping[str, float]) -> Tensor:
-        total = next(iter(self._base_tensors().values()), torch.empty(0)).new_zeros(())
-        by_plan: dict[Sharing, list[str]] = {}
-        for name in records:
-            by_plan.setdefault(self._state(name).sharing, []).append(name)
-        shared = {**self._base_tensors(), **self.shared}
-        for plan, names in by_plan.items():
-            factor = next((charge[n] for n in names if n in charge), 1.0)
-            if factor == 0.0:
-                continue
-            mine = {n: records[n] for n in names}
-            own = {n: self.tasks[n].own for n in names}
-            for penalty in plan.penalties:
-                total = total + factor * penalty(mine, own, shared)
-        return total
+        plans = {name: self._state(name).sharing for name in records}
+        own = {name: self.tasks[name].own.to_dict() for name in records}
+        shared = {**self._runner.base_tensors(), **self.shared.to_dict()}
+        total = self._runner.reference().new_zeros(())
+        return charges(plans, records, own, shared, charge, total)
 
-    def _dry_run(self, state: TaskState) -> None:
-        reference = next(iter(self._base_tensors().values()), torch.empty(0))
-        example = pytree.tree_map_only(Tensor, lambda t: t.to(reference.device), self.example)
-        args, kwargs = call_arguments((example,), {})
-        was_training = self.training
-        self.train(False)
-        try:
-            with torch.no_grad():
-                self._run_task(state, args, kwargs, Call())
-        finally:
-            self.train(was_training)
-
-    def _before_loading(self, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
-        # Loading copies into our tensors in place; do not let it reach the user's base.
-        if not self._base_is_borrowed:
-            return
-        for name, tensor in self._base_tensors().items():
-            new = state_dict.get(f"{prefix}base.{name}")
-            if new is not None and not (new.shape == tensor.shape and torch.equal(new, tensor)):
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        # Loading copies into our tensors in place; it must not reach the user's base.
+        for name, tensor in self._runner.base_tensors().items():
+            if f"{prefix}base.{name}" in state_dict:
                 tensor.data = tensor.data.clone()
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        state["_pools"] = {}  # views and structures are rebuilt, never copied or stored
+        del state["_runner"]  # structures are made anew, never copied or stored
         return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._runner = Runner(self.base, self.shared, self.output)
 
     def extra_repr(self) -> str:
         """The plan and the tasks, for ``print(model)``."""
         return f"sharing={self.sharing.method}, tasks={list(self.tasks)}"
+
+
+def _restore_ties(model: MultiTaskModel, _: Any) -> None:
+    restore_ties(model.base, model._names)
+
+
+def _trainable(tensors: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
+    return {k: p for k, p in tensors.items() if isinstance(p, nn.Parameter) and p.requires_grad}

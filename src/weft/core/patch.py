@@ -81,7 +81,10 @@ class Replace(Patch):
 
     def init(self, name: str, base: Tensor) -> dict[str, Tensor]:
         value = base.detach().clone()
-        return {name: nn.Parameter(value) if isinstance(base, nn.Parameter) else value}
+        if isinstance(base, nn.Parameter):
+            trains = value.is_floating_point() or value.is_complex()
+            value = nn.Parameter(value, requires_grad=trains)
+        return {name: value}
 
     def compose(self, name: str, base: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:  # noqa: ARG002
         return tensors[name]

@@ -45,7 +45,8 @@ class Pending:
             token = _Token()
             self._tokens.add(token)
             # The node keeps the token alive; the hook must not, or the graph would keep itself.
-            node.metadata[("weft", id(token))] = token
+            metadata: Any = node.metadata  # a property that is declared as a method
+            metadata[("weft", id(token))] = token
             node.register_prehook(_settles(weakref.ref(token)))
             found = True
         return found
@@ -59,8 +60,8 @@ def _settles(reference: weakref.ref[_Token]) -> Callable[[Any], None]:
 
     def prehook(_: Any) -> None:
         # A graph that is kept may run backward again; it ends the wait when it is dropped.
-        if not torch._C._autograd._get_current_graph_task_keep_graph():  # type: ignore[attr-defined]
-            torch.autograd.Variable._execution_engine.queue_callback(at_end_of_backward)  # type: ignore[attr-defined]
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            torch.autograd.Variable._execution_engine.queue_callback(at_end_of_backward)
 
     return prehook
 

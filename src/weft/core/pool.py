@@ -48,6 +48,15 @@ class Pool:
             structure.unbind()
         self._idle.append(structure)
 
+    def sweep(self) -> None:
+        """Empty the structures whose backward has run since they came back."""
+        for _ in range(len(self._idle)):
+            try:
+                structure = self._idle.popleft()
+            except IndexError:
+                break
+            self.release(structure)
+
     @contextmanager
     def lease(self) -> Iterator[Structure]:
         """A structure for the length of a ``with`` block."""

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from weft.errors import DataError, close_matches
+from weft.errors import DataError, TaskError, close_matches
+
+Rows = str | int | Sequence[str | int] | Tensor
+"""Which task: a name or an index into `task_names`, for all rows or one per row."""
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword inputs of the base."""
 
 
-def call_arguments(
-    inputs: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def call_arguments(inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
     """The arguments of the base: a single tuple or dict of tensors is spread out."""
     if len(inputs) == 1 and isinstance(inputs[0], (tuple, list)):
         return tuple(inputs[0]), dict(kwargs)
@@ -31,11 +36,78 @@ def count_rows(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     return 0
 
 
-def select_rows(batch: Any, index: Tensor) -> Any:
-    """The given rows of every tensor of a batch."""
-    return pytree.tree_map_only(
-        Tensor, lambda t: t.index_select(0, index.to(t.device)) if t.dim() else t, batch
-    )
+def chosen_tasks(task: Rows, names: Sequence[str], rows: int) -> str | list[str]:
+    """What the caller's choice of tasks means.
+
+    Args:
+        task: a name or an index, for all rows or one per row.
+        names: the names of all tasks, in order.
+        rows: how many rows the batch has.
+
+    Returns:
+        One name for all rows, or a name per row.
+
+    Raises:
+        TaskError: no such task, or no choice at all.
+        DataError: the number of tasks differs from the number of rows.
+    """
+    if isinstance(task, str):
+        return known_task(task, names)
+    choice = task.tolist() if isinstance(task, Tensor) else task
+    if not isinstance(choice, (list, tuple, Sequence)):
+        return known_task(choice, names)
+    if len(choice) != rows:
+        raise DataError(f"One task per row: found {len(choice)} tasks for {rows} rows.")
+    known = dict.fromkeys(names)
+    return [one if one in known else known_task(one, names) for one in choice]
+
+
+def known_task(task: Any, names: Sequence[str]) -> str:
+    """The name of one task, given its name or index.
+
+    Raises:
+        TaskError: no such task, with close matches.
+    """
+    if isinstance(task, str):
+        if task in names:
+            return task
+        have = ", ".join(names) or "none yet"
+        raise TaskError(f"There is no task '{task}'. Tasks: {have}.{close_matches(task, names)}")
+    try:
+        index = operator.index(task)
+    except TypeError:
+        raise TaskError(
+            "A task is a name or an integer index into model.task_names, for all rows or one per "
+            f"row; found {task!r}."
+        ) from None
+    if not 0 <= index < len(names):
+        raise TaskError(f"Task index {index} is outside 0..{len(names) - 1}.")
+    return names[index]
+
+
+def places(names: Sequence[str]) -> dict[str, Tensor]:
+    """By task, the places of its rows in the batch, each of shape (rows of the task,)."""
+    found: dict[str, list[int]] = {}
+    for i, name in enumerate(names):
+        found.setdefault(name, []).append(i)
+    return {name: torch.tensor(rows) for name, rows in found.items()}
+
+
+def select_rows(batch: Any, index: Tensor, rows: int) -> Any:
+    """The given rows of a batch; tensors whose first size is not the rows go along whole.
+
+    Args:
+        batch: tensors in any structure.
+        index: (selected,) places of the rows.
+        rows: the number of rows of the batch.
+    """
+
+    def select(tensor: Tensor) -> Tensor:
+        if tensor.dim() == 0 or tensor.shape[0] != rows:
+            return tensor
+        return tensor.index_select(0, index.to(tensor.device))
+
+    return pytree.tree_map_only(Tensor, select, batch)
 
 
 def select_output(output: Any, which: str | int | Callable[[Any], Tensor] | None) -> Tensor:
@@ -49,27 +121,31 @@ def select_output(output: Any, which: str | int | Callable[[Any], Tensor] | None
         DataError: the base returned a structure and nothing or something wrong was asked for.
     """
     if callable(which):
-        return which(output)
-    if which is None:
+        value = which(output)
+    elif which is None:
         if isinstance(output, Tensor):
             return output
         raise DataError(
             f"The base returns {_describe(output)}, not a tensor. "
             "Say what heads read: MultiTaskModel(base, sharing, output=...)."
         )
+    else:
+        value = _part(output, which)
+    if not isinstance(value, Tensor):
+        raise DataError(f"output={which!r} gives {_describe(value)}, not a tensor.")
+    return value
+
+
+def _part(output: Any, which: str | int) -> Any:
     try:
         if isinstance(which, str) and not isinstance(output, Mapping):
-            value = getattr(output, which)
-        else:
-            value = output[which]
+            return getattr(output, which)
+        return output[which]
     except (AttributeError, KeyError, IndexError, TypeError):
         known = [str(k) for k in output] if isinstance(output, Mapping) else []
         raise DataError(
             f"output={which!r} is not in {_describe(output)}.{close_matches(str(which), known)}"
         ) from None
-    if not isinstance(value, Tensor):
-        raise DataError(f"output={which!r} is {_describe(value)}, not a tensor.")
-    return value
 
 
 def _describe(output: Any) -> str:
@@ -89,20 +165,28 @@ def assemble(outputs: Mapping[str, Any], rows: Mapping[str, Tensor]) -> Tensor |
 
     Returns:
         One tensor if all outputs agree in shape and type, otherwise a list of rows.
+
+    Raises:
+        DataError: an output does not have the task's rows first.
     """
-    tensors = list(outputs.values())
-    plain = [t for t in tensors if isinstance(t, Tensor)]
-    order = torch.cat([*rows.values()]) if rows else torch.empty(0, dtype=torch.long)
-    if not tensors:
+    for name, output in outputs.items():
+        for leaf in pytree.tree_leaves(output):
+            if isinstance(leaf, Tensor) and leaf.shape[:1] != rows[name].shape:
+                raise DataError(
+                    f"A task per row needs outputs with rows first; the head of '{name}' gave "
+                    f"shape {tuple(leaf.shape)} for {len(rows[name])} rows."
+                )
+    tensors = [output for output in outputs.values() if isinstance(output, Tensor)]
+    if not outputs:
         return []
-    one_shape = len({(t.shape[1:], t.dtype) for t in plain}) == 1
-    if len(plain) == len(tensors) and one_shape:
-        joined = torch.cat(plain)
+    order = torch.cat([*rows.values()])
+    if len(tensors) == len(outputs) and len({(t.shape[1:], t.dtype) for t in tensors}) == 1:
+        joined = torch.cat(tensors)
         inverse = torch.empty_like(order)
         inverse[order] = torch.arange(len(order))
         return joined.index_select(0, inverse.to(joined.device))
     result: list[Any] = [None] * len(order)
     for name, index in rows.items():
         for i, place in enumerate(index.tolist()):
-            result[place] = pytree.tree_map_only(Tensor, lambda t, i=i: t[i], outputs[name])
+            result[place] = pytree.tree_map_only(Tensor, operator.itemgetter(i), outputs[name])
     return result

@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 
 
 class Penalty(ABC):
-    """A charge that is added to the loss once a step, over all tasks of the step together."""
+    """A charge that is added to the loss once a step, over all tasks of the step together.
+
+    Implementations are frozen dataclasses of plain values: tasks whose plans have equal penalties
+    are charged together.
+    """
 
     needs_records: bool = False
     """True if the charge reads what adapters recorded in the forward."""
@@ -40,8 +44,43 @@ class Penalty(ABC):
         Args:
             records: by task, what the adapters recorded in this step.
             own: by task, the task's own tensors by key.
-            shared: the shared tensors of the plan by key (created ones and the trained base's).
+            shared: the shared tensors by key: those of the base and those that the plan adds.
         """
+
+
+def charges(
+    plans: Mapping[str, Sharing],
+    records: Mapping[str, Records],
+    own: Mapping[str, Mapping[str, Tensor]],
+    shared: Mapping[str, Tensor],
+    factors: Mapping[str, float],
+    zero: Tensor,
+) -> Tensor:
+    """What a step is charged: every penalty once, over all tasks whose plans have it.
+
+    Args:
+        plans: by task, its plan.
+        records: by task, what adapters recorded.
+        own: by task, its own tensors by key.
+        shared: the shared tensors by key.
+        factors: by task, a factor on its plan's penalties; one task of a plan speaks for all.
+        zero: the scalar to start from.
+
+    Returns:
+        A scalar.
+    """
+    together: dict[tuple[Penalty, ...], list[str]] = {}
+    for name, plan in plans.items():
+        together.setdefault(plan.penalties, []).append(name)
+    total = zero
+    for penalties, names in together.items():
+        factor = next((factors[n] for n in names if n in factors), 1.0)
+        if factor == 0.0:
+            continue
+        mine, theirs = {n: records[n] for n in names}, {n: own[n] for n in names}
+        for penalty in penalties:
+            total = total + factor * penalty(mine, theirs, shared)
+    return total
 
 
 @dataclass(frozen=True)

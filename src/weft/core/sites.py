@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from enum import Enum
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from weft.errors import PlanError, close_matches
+
+Slot = tuple[str, dict[str, Tensor], str]
+"""A place that holds a tensor: its canonical name, its table, and its attribute there."""
 
 
 class Kind(Enum):
@@ -53,26 +56,29 @@ def join(module: str, attribute: str) -> str:
     return f"{module}.{attribute}" if module else attribute
 
 
-def tensor_slots(module: nn.Module) -> list[tuple[str, dict[str, Tensor], str]]:
-    """Every place that holds a tensor: its canonical name, its table and its attribute there.
+def tensor_slots(module: nn.Module) -> list[Slot]:
+    """Every place that holds a tensor.
 
     Tied tensors have several places and one canonical name, the first. Modules that are used
     twice are visited once.
+
+    Raises:
+        PlanError: a lazy module has not seen its input yet.
     """
     first: dict[int, str] = {}
-    slots: list[tuple[str, dict[str, Tensor], str]] = []
+    slots: list[Slot] = []
     for path, child in module.named_modules():
         for table in (child._parameters, child._buffers):
             for attribute, tensor in table.items():
                 if tensor is None:
                     continue
-                if isinstance(tensor, UninitializedTensorMixin):
+                if isinstance(tensor, (UninitializedBuffer, UninitializedParameter)):
                     raise PlanError(
                         f"'{join(path, attribute)}' of the base has no shape yet. "
                         "Run the base once on an example before handing it over."
                     )
                 name = first.setdefault(id(tensor), join(path, attribute))
-                slots.append((name, table, attribute))  # type: ignore[arg-type]
+                slots.append((name, table, attribute))
     return slots
 
 
@@ -102,8 +108,9 @@ def canonical_names(base: nn.Module) -> dict[str, str]:
 
 def statistics_modules(base: nn.Module) -> dict[str, tuple[str, ...]]:
     """Modules that update running statistics in training mode, with the names of these buffers."""
+    canonical = canonical_names(base)
     return {
-        path: tuple(join(path, name) for name, buffer in module._buffers.items())
+        path: tuple(canonical[join(path, n)] for n, b in module._buffers.items() if b is not None)
         for path, module in base.named_modules()
         if isinstance(module, _NormBase)
         and module.track_running_stats
@@ -111,9 +118,18 @@ def statistics_modules(base: nn.Module) -> dict[str, tuple[str, ...]]:
     }
 
 
-def normalises_over_batch(module: nn.Module) -> bool:
-    """Whether the module normalises with statistics of the batch in training mode."""
-    return isinstance(module, _BatchNorm)
+def keep_weights_apart(module: nn.Module) -> None:
+    """Keep recurrent layers from moving their weights into one block of memory on a GPU.
+
+    They would move tensors that other tasks use, too.
+    """
+    for child in module.modules():
+        if isinstance(child, nn.RNNBase):
+            child.flatten_parameters = _leave_as_they_are  # type: ignore[method-assign]
+
+
+def _leave_as_they_are() -> None:
+    pass
 
 
 def sites(base: nn.Module) -> list[Site]:
@@ -123,16 +139,17 @@ def sites(base: nn.Module) -> list[Site]:
     found = []
     for path, module in base.named_modules():
         own = {a: canonical[join(path, a)] for a, p in module._parameters.items() if p is not None}
-        stats = tuple(canonical[n] for n in statistics.get(path, ()))
+        stats = statistics.get(path, ())
         if not own and not stats:
             continue
+        kind = _kind(module)
         biases = tuple(
             name
             for attribute, name in own.items()
-            if "bias" in attribute and module._parameters[attribute].dim() == 1  # type: ignore[union-attr]
+            if "bias" in attribute
+            and (kind is Kind.NORM or module._parameters[attribute].dim() == 1)
         )
-        kind = _kind(module)
-        refusal = _refusal(path, module)
+        refusal = _refusal(module)
         found.append(Site(path, kind, tuple(dict.fromkeys(own.values())), biases, stats, refusal))
     return found
 
@@ -143,7 +160,7 @@ def _kind(module: nn.Module) -> Kind:
         return Kind.DEPTHWISE if depthwise else Kind.LAYER
     if isinstance(module, (nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase)):
         return Kind.LAYER
-    if isinstance(module, (nn.RNNCellBase,)):
+    if isinstance(module, nn.RNNCellBase):
         return Kind.LAYER
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return Kind.EMBEDDING
@@ -161,9 +178,9 @@ def _kind(module: nn.Module) -> Kind:
     return Kind.OTHER
 
 
-def _refusal(path: str, module: nn.Module) -> str:
-    if path.endswith("parametrizations.weight") or ".parametrizations." in f".{path}.":
-        return "the tensor is reparametrised; remove the parametrisation or own the whole tensor"
+def _refusal(module: nn.Module) -> str:
+    if "parametrizations" in module._modules:
+        return "its tensors are reparametrised; remove the parametrisation or own the whole layer"
     return ""
 
 

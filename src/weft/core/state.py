@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from weft.errors import TaskError
 
 from .patch import Patch
 from .sharing import Sharing
@@ -16,6 +19,7 @@ from .sites import named_tensors
 from .task import Task
 
 
+@lru_cache(maxsize=1 << 16)
 def escape(key: str) -> str:
     """A key as one part of a state-dict name: dots become slashes, reversibly.
 
@@ -24,6 +28,7 @@ def escape(key: str) -> str:
     return key.replace("~", "~0").replace("/", "~1").replace(".", "/")
 
 
+@lru_cache(maxsize=1 << 16)
 def unescape(part: str) -> str:
     """The inverse of `escape`."""
     return part.replace("/", ".").replace("~1", "/").replace("~0", "~")
@@ -39,7 +44,7 @@ class TensorTable(nn.Module, MutableMapping[str, Tensor]):
 
     def __getitem__(self, key: str) -> Tensor:
         part = escape(key)
-        tensor = self._parameters.get(part)
+        tensor: Tensor | None = self._parameters.get(part)
         if tensor is None:
             tensor = self._buffers.get(part)
         if tensor is None:
@@ -70,6 +75,11 @@ class TensorTable(nn.Module, MutableMapping[str, Tensor]):
 
     def __bool__(self) -> bool:
         return True
+
+    def to_dict(self) -> dict[str, Tensor]:
+        """A plain dictionary of the tensors, made faster than by the mapping's own means."""
+        tables = (self._parameters, self._buffers)
+        return {unescape(p): t for table in tables for p, t in table.items() if t is not None}
 
     # A module is equal to itself only; the mapping's field-wise equality would compare tensors.
     __hash__ = nn.Module.__hash__
@@ -115,17 +125,28 @@ class TaskState(nn.Module):
         self.head = head
         self.head_is_built = True
 
-    def build_head(self, features: Tensor) -> None:
+    def build_head(self, features: Tensor, like: Tensor) -> None:
         """Build a head that is sized by the base's output, if the task has one not built yet.
 
         Args:
             features: (rows, ...) what the head will read; rows of one suffice.
+            like: a tensor of the device and floating type that the head shall have.
+
+        Raises:
+            TaskError: the task's function returned something else than a module.
         """
         if self.head_is_built:
             return
         make = self.task.head
         assert make is not None
-        self.set_head(make(features.detach()).to(features.device))
+        with torch.inference_mode(False):  # a head first seen in inference must still train
+            head = make(features.detach().clone())
+            if not isinstance(head, nn.Module):
+                raise TaskError(
+                    "A task's head is a module, or a function from features to a module; the "
+                    f"function returned {type(head).__name__}."
+                )
+            self.set_head(head.to(like).train(self.training))
 
 
 class TaskTable(nn.Module, Mapping[str, TaskState]):
@@ -174,10 +195,30 @@ def private_copy(base: nn.Module, own_storage: frozenset[str]) -> nn.Module:
     memo: dict[int, Any] = {}
     for name, tensor in named_tensors(base):
         value = tensor.detach()
-        if name in own_storage:
+        if name in own_storage or value.is_inference():
             value = value.clone()
-        trains = name in own_storage and value.is_floating_point()
+        trains = name in own_storage and (value.is_floating_point() or value.is_complex())
         is_parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(value, requires_grad=trains) if is_parameter else value
     with torch.no_grad():
         return copy.deepcopy(base, memo)
+
+
+def restore_ties(module: nn.Module, names: Mapping[str, str]) -> None:
+    """Tie tensors again that loading with ``assign=True`` has put apart.
+
+    Args:
+        module: the module.
+        names: every name of every tensor, with the first name of the same tensor.
+    """
+    for name, first in names.items():
+        if name != first:
+            tensor = _table(module, first)[first.rpartition(".")[2]]
+            _table(module, name)[name.rpartition(".")[2]] = tensor
+
+
+def _table(module: nn.Module, name: str) -> dict[str, Tensor | None]:
+    holder = module.get_submodule(name.rpartition(".")[0])
+    parameters: Any = holder._parameters
+    buffers: dict[str, Tensor | None] = holder._buffers
+    return parameters if name.rpartition(".")[2] in parameters else buffers

@@ -8,7 +8,7 @@ may still run parts of it again (activation checkpointing), until that backward 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 

@@ -89,3 +89,16 @@ def check_task_name(name: str, existing: Mapping[str, Any]) -> None:
         raise TaskError(
             f"Task '{name}' exists already. Remove it first: model.remove_task({name!r})."
         )
+
+
+def check_task(task: Task) -> None:
+    """Refuse what is no task, for instance a bare head.
+
+    Raises:
+        TaskError: says what was found.
+    """
+    if not isinstance(task, Task):
+        raise TaskError(
+            "A task is made by weft.Classification, weft.Regression or the like, or by "
+            f"weft.Task(head=..., loss=..., metric=...); found {type(task).__name__}."
+        )

@@ -40,7 +40,9 @@ class Scale:
 
     def ticks(self, wanted: int) -> list[float]:
         """About so many round values within the scale."""
-        return log_ticks(self.low, self.high, wanted) if self.log else self._linear(wanted)
+        found = log_ticks(self.low, self.high, wanted) if self.log else []
+        # A log scale over less than a decade has too few round powers.
+        return found if len(found) > 2 else self._linear(min(wanted, 4) if self.log else wanted)
 
     def _linear(self, wanted: int) -> list[float]:
         step = nice_step((self.high - self.low) / max(wanted, 1))
@@ -67,7 +69,9 @@ def log_ticks(low: float, high: float, wanted: int) -> list[float]:
     return found[:: math.ceil(len(found) / wanted)]
 
 
-def padded(values: Sequence[float], *, limits: tuple[float, float] | None = None) -> tuple[float, float]:
+def padded(
+    values: Sequence[float], *, limits: tuple[float, float] | None = None
+) -> tuple[float, float]:
     """The range of values with some room around it, within limits that the values keep."""
     low, high = min(values), max(values)
     room = (high - low) * 0.08 or abs(high) * 0.05 or 0.5

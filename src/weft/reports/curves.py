@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 from .axes import LETTER, Frame, Scale, nice_step, padded, text_width, tick_text
@@ -13,7 +13,7 @@ from .numbers import is_share, metric_text, percent_text, significant
 from .records import TaskReport
 
 WIDTH, HEIGHT = 372.0, 214.0
-LEFT, RIGHT, TOP, BOTTOM = 46.0, 12.0, 52.0, 38.0
+LEFT, RIGHT, TOP, BOTTOM = 46.0, 12.0, 48.0, 38.0
 Series = tuple[str, str, list[float | None]]
 """A legend's text, a line style, and a value per epoch."""
 
@@ -40,7 +40,7 @@ def epochs_of(history: Sequence[Mapping[str, Any]]) -> list[float]:
     """The epoch of every row; counted from 1 where rows do not say or do not increase."""
     said = [value_of(row, "epoch") for row in history]
     numbers = [e for e in said if e is not None]
-    rising = all(a < b for a, b in zip(numbers, numbers[1:], strict=False))
+    rising = all(a < b for a, b in pairwise(numbers))
     if len(numbers) == len(said) and rising:
         return numbers
     return [float(i + 1) for i in range(len(history))]
@@ -130,14 +130,16 @@ def _panel(
     low, high = fixed or (
         (min(values) * 0.9, max(values) * 1.1) if log else padded(values, limits=limits)
     )
+    if not log and limits is None and 0 <= min(values) < max(values) / 2:
+        low = 0.0
     half = 0.5 if len(epochs) == 1 else 0.0
     frame = Frame(
         Scale(epochs[0] - half, epochs[-1] + half, LEFT, WIDTH - RIGHT),
         Scale(low, high, HEIGHT - BOTTOM, TOP, log),
     )
     _phases(drawing, report, epochs, frame.x)
-    y_ticks = frame.y.ticks(4)
-    step = nice_step((high - low) / 4)
+    y_ticks = frame.y.ticks(5)
+    step = nice_step((high - low) / 5)
     # Whole epochs only.
     across = nice_step(max((epochs[-1] - epochs[0]) / 6, 1))
     first = math.ceil(epochs[0] / across)
@@ -173,17 +175,13 @@ def _line(
             drawing.marker("circle", points[0], 3, f"m{style[1:]}")
 
 
-def _phases(
-    drawing: Drawing, report: TaskReport, epochs: Sequence[float], scale: Scale
-) -> None:
+def _phases(drawing: Drawing, report: TaskReport, epochs: Sequence[float], scale: Scale) -> None:
     phases = phases_of(report.history)
     if not any(name for name, _, _ in phases):
         return
     for i, (name, first, last) in enumerate(phases):
         start = scale.start if i == 0 else scale((epochs[first - 1] + epochs[first]) / 2)
-        end = (
-            scale.end if i == len(phases) - 1 else scale((epochs[last] + epochs[last + 1]) / 2)
-        )
+        end = scale.end if i == len(phases) - 1 else scale((epochs[last] + epochs[last + 1]) / 2)
         if i % 2:
             drawing.rect(start, TOP - 16, end - start, HEIGHT - BOTTOM - TOP + 16, "band")
         if i:
@@ -200,10 +198,10 @@ def _heading(drawing: Drawing, title: str, series: Sequence[Series], say: Any) -
     for name, style, found in reversed(series):
         last = next(v for v in reversed(found) if v is not None)
         text = f"{name} {say(last)}"
-        drawing.text(x, 16, text, "tick", "end")
-        x -= text_width(text, 11) + 6
-        drawing.line([(x - 18, 12), (x, 12)], style)
-        x -= 32
+        x -= text_width(text, 11)
+        drawing.text(x, 16, text, "tick")
+        drawing.line([(x - 24, 12), (x - 6, 12)], style)
+        x -= 36
 
 
 def draw_task(report: TaskReport) -> Drawing | None:

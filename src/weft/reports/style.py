@@ -106,7 +106,7 @@ STYLES: dict[str, Style] = {
     "o2": Style(fill="own", stroke="own", opacity=0.5),
     "o3": Style(fill="own", stroke="own", opacity=0.8),
     "o4": Style(fill="own", stroke="own"),
-    "ungated": Style(fill="paper", stroke="own", width=1.4),
+    "ungated": Style(fill="own", opacity=0.45),
     "added": Style(fill="added", stroke="added"),
     "ring": Style(stroke="muted"),
     "hole": Style(stroke="paper"),

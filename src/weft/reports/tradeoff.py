@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
-from .axes import Frame, Scale, log_ticks, nice_step, padded, tick_text
+from .axes import Frame, Scale, nice_step, padded, tick_text
 from .compare import Summary, pareto_front
 from .drawing import SHAPES, XY, Drawing
 from .labels import Box, Item, place_labels
-from .numbers import bytes_text, is_share, metric_text, percent_text, spread_text
+from .numbers import bytes_text, is_share, metric_text, percent_text, shorten, spread_text
 from .style import SERIES
 
-LEFT, RIGHT, TOP, BOTTOM = 62.0, 24.0, 30.0, 52.0
+LEFT, RIGHT, TOP, BOTTOM = 62.0, 24.0, 44.0, 52.0
 ZERO = 44.0
 """Room for the column of those that own nothing, which a log axis cannot hold."""
 
@@ -69,6 +70,7 @@ def draw_tradeoff(
     *,
     higher_is_better: bool = True,
     copy: float | None = None,
+    task: str = "",
     width: float = 860.0,
     height: float = 440.0,
 ) -> Drawing:
@@ -79,6 +81,7 @@ def draw_tradeoff(
         metric: name of the score.
         higher_is_better: direction of the score.
         copy: bytes of one full copy of the base, to mark.
+        task: whose scores these are, for the heading.
         width: of the drawing.
         height: of the drawing.
     """
@@ -87,22 +90,27 @@ def draw_tradeoff(
         drawing.text(width / 2, height / 2, "no complete runs", "tick", "middle")
         return drawing
     frame, zero = _frame(places, metric, copy, width, height)
-    x_of = _positions(frame, zero)
-    _axes(drawing, frame, zero, metric, higher_is_better, height)
+    x_of = _Across(frame, zero)
+    heading = f"{shorten(task, 20)}: {metric}" if task else metric
+    _axes(drawing, frame, zero, (heading, metric), higher_is_better, height)
+    obstacles: list[Box] = []
     if copy is not None and frame.x.low <= copy <= frame.x.high:
         x = frame.x(copy)
         drawing.line([(x, TOP), (x, height - BOTTOM)], "copy")
         drawing.text(x - 4, TOP - 6, "one full copy", "note", "end")
+        obstacles.append((x - 0.5, TOP, x + 0.5, height - BOTTOM))
     line = _front(drawing, frame, x_of, places, width)
     items: list[Item] = []
-    obstacles: list[Box] = list(line)
+    obstacles += line
     shapes = list(SHAPES)
     small = 5.5 if width > 500 else 4.5
     for i, place in enumerate(places):
         at = (x_of(place.size), frame.y(place.score))
         if len(place.runs) > 1:
             for size, score in place.runs:
-                drawing.marker(shapes[i % len(shapes)], (x_of(size), frame.y(score)), 2.6, f"s{i % SERIES}")
+                drawing.marker(
+                    shapes[i % len(shapes)], (x_of(size), frame.y(score)), 2.6, f"s{i % SERIES}"
+                )
         obstacles += _bars(drawing, frame, x_of, place, i)
         obstacles.append((at[0] - 7, at[1] - 7, at[0] + 7, at[1] + 7))
         items.append(Item(place.name, at))
@@ -139,7 +147,7 @@ def _frame(
 
 
 @dataclass(frozen=True)
-class _positions:
+class _Across:
     """The pixel of a size, zero included."""
 
     frame: Frame
@@ -155,12 +163,13 @@ def _axes(
     drawing: Drawing,
     frame: Frame,
     zero: float | None,
-    metric: str,
+    names: tuple[str, str],
     higher_is_better: bool,
     height: float,
 ) -> None:
     bottom = height - BOTTOM
     wide = frame.x.end - frame.x.start
+    heading, metric = names
     step = nice_step((frame.y.high - frame.y.low) / 5)
     share = is_share(metric)
 
@@ -169,23 +178,25 @@ def _axes(
 
     outer = Frame(Scale(0, 1, LEFT, frame.x.end), frame.y)
     outer.grid(drawing, [], frame.y.ticks(5), str, y_text)
-    ticks = log_ticks(frame.x.low, frame.x.high, max(3, int(wide / 62)))
-    Frame(frame.x, Scale(0, 1, bottom, bottom)).grid(drawing, ticks, [], bytes_text, str)
+    ticks = frame.x.ticks(max(3, int(wide / 62)))
+    Frame(frame.x, Scale(0, 1, bottom, bottom)).grid(
+        drawing, ticks, [], lambda v: bytes_text(v).replace(".0", ""), str
+    )
     if zero is not None:
         drawing.line([(zero, bottom), (zero, bottom + 4)], "axis")
-        drawing.text(zero, bottom + 17, "0 B", "tick", "middle")
+        drawing.text(zero, bottom + 17, bytes_text(0), "tick", "middle")
         for x in (frame.x.start - 3, frame.x.start + 1):
             drawing.line([(x - 3, bottom + 5), (x + 3, bottom - 5)], "axis")
     middle = (LEFT + frame.x.end) / 2
-    drawing.text(middle, height - 10, "own bytes per task, without head (log scale)", "tick", "middle")
+    drawing.text(
+        middle, height - 10, "own bytes per task, without head (log scale)", "tick", "middle"
+    )
     unit = " (%)" if share else ""
     hint = "" if higher_is_better else ", lower is better"
-    drawing.text(8, 16, f"{metric}{unit}{hint}", "title")
+    drawing.text(8, 16, f"{heading}{unit}{hint}", "title")
 
 
-def _bars(
-    drawing: Drawing, frame: Frame, x_of: _positions, place: Place, series: int
-) -> list[Box]:
+def _bars(drawing: Drawing, frame: Frame, x_of: _Across, place: Place, series: int) -> list[Box]:
     x, y = x_of(place.size), frame.y(place.score)
     style = f"e{series % SERIES}"
     boxes: list[Box] = []
@@ -206,7 +217,7 @@ def _bars(
 
 
 def _front(
-    drawing: Drawing, frame: Frame, x_of: _positions, places: Sequence[Place], width: float
+    drawing: Drawing, frame: Frame, x_of: _Across, places: Sequence[Place], width: float
 ) -> list[Box]:
     """Draw the best score that each budget buys, as steps; return what labels should avoid."""
     front = sorted((p for p in places if p.on_front), key=lambda p: (p.size, p.score))
@@ -224,6 +235,6 @@ def _front(
     drawing.line([(key, 12), (key + 26, 12)], "front")
     drawing.text(key + 32, 16, "Pareto front", "tick")
     return [
-        (min(a[0], b[0]), min(a[1], b[1]) - 1, max(a[0], b[0]), max(a[1], b[1]) + 1)
-        for a, b in zip(points, points[1:], strict=False)
+        (min(a[0], b[0]) - 3, min(a[1], b[1]) - 3, max(a[0], b[0]) + 3, max(a[1], b[1]) + 3)
+        for a, b in pairwise(points)
     ]

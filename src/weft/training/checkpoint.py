@@ -2,100 +2,156 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+import hashlib
+import io
+import zlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from weft.core.model import MultiTaskModel
+from weft.core.sites import named_tensors
 from weft.errors import TrainingError
 
-FORMAT = 1
+from .files import write_whole
+
+MAGIC = b"weft checkpoint 1\n"
 NAME = "checkpoint.pt"
+DIGEST = hashlib.sha256().digest_size
+
+Parts = dict[str, dict[str, Tensor]]
+"""Copies of all that a run can change: for each task, and of what tasks train together."""
+
+SHARED = "shared"
 
 
-def snapshot(model: MultiTaskModel, tasks: tuple[str, ...]) -> dict[str, dict[str, Tensor]]:
-    """Copies of all that training can change: own tensors, heads, and trained shared tensors."""
-    parts = {f"task:{t}": model.tasks[t].state_dict() for t in tasks}
-    if model.sharing.trains_shared:
-        parts["shared"] = model.shared.state_dict()
-        base = model.base.state_dict()
-        parts["base"] = {n: t for n, t in base.items() if n in model.sharing.train_shared}
+def part_of(task: str) -> str:
+    """The name of the part that holds a task."""
+    return f"task:{task}"
+
+
+def tasks_of(parts: Parts) -> list[str]:
+    """The tasks that have a part."""
+    return [part.removeprefix("task:") for part in parts if part != SHARED]
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def _parts(model: MultiTaskModel, tasks: tuple[str, ...]) -> Parts:
+    """The tensors themselves."""
+    parts = {part_of(task): dict(_tensors(model.tasks[task])) for task in tasks}
+    if any(model.plan(task) is model.sharing for task in tasks) and model.sharing.trains_shared:
+        names = model.sharing.train_shared
+        base = {f"base.{n}": t for n, t in named_tensors(model.base) if n in names}
+        parts[SHARED] = {**base, **dict(_tensors(model.shared))}
+    return parts
+
+
+def snapshot(model: MultiTaskModel, tasks: tuple[str, ...]) -> Parts:
+    """Copies of all that fitting these tasks can change."""
     return {
-        part: {name: t.detach().to("cpu", copy=True) for name, t in state.items()}
-        for part, state in parts.items()
+        part: {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
+        for part, tensors in _parts(model, tasks).items()
     }
 
 
-def restore(
-    model: MultiTaskModel, parts: Mapping[str, Mapping[str, Tensor]], only: str | None = None
-) -> None:
+@torch.no_grad()
+def restore(model: MultiTaskModel, tasks: tuple[str, ...], copies: Parts) -> None:
     """Put copies back, in place.
 
     Args:
         model: the model that the snapshot was taken of.
-        parts: the snapshot.
-        only: a task, to leave everything else as it is.
+        tasks: the tasks of the snapshot.
+        copies: all or some parts of the snapshot.
+
+    Raises:
+        TrainingError: they are of other tensors; nothing has changed then.
     """
-    for part, state in parts.items():
-        kind, _, task = part.partition(":")
-        if only is not None and task != only:
-            continue
-        if kind == "task":
-            model.tasks[task].load_state_dict(dict(state))
-        elif kind == "shared":
-            model.shared.load_state_dict(dict(state))
-        else:
-            model.base.load_state_dict(dict(state), strict=False)
+    parts = _parts(model, tasks)
+    for part, tensors in copies.items():
+        was = {name: tensor.shape for name, tensor in tensors.items()}
+        now = {name: tensor.shape for name, tensor in parts.get(part, {}).items()}
+        if was != now:
+            name = next(n for n in [*was, *now] if was.get(n) != now.get(n))
+            raise TrainingError(
+                f"The checkpoint does not fit this model: '{name}' of {part} was "
+                f"{_shape(was.get(name))}, now {_shape(now.get(name))}. A model that was fitted to "
+                "the end has final gates and cannot go on; make it anew, or remove the checkpoint."
+            )
+    for part, tensors in copies.items():
+        for name, tensor in tensors.items():
+            parts[part][name].copy_(tensor)
 
 
-def save(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a checkpoint; a killed write leaves the previous one."""
-    path.mkdir(parents=True, exist_ok=True)
-    temporary = path / f".{NAME}.{os.getpid()}"
-    try:
-        with temporary.open("wb") as file:
-            torch.save({"format": FORMAT, **content}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path / NAME)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+def _shape(shape: torch.Size | None) -> str:
+    return "missing" if shape is None else f"of shape {tuple(shape)}"
 
 
-def load(path: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+def fingerprint(model: MultiTaskModel) -> str:
+    """A short name for the values of the base's tensors that do not train."""
+    total = 0
+    for name, tensor in named_tensors(model.base):
+        if name not in model.sharing.train_shared:
+            flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            total = zlib.crc32(flat.numpy().data, zlib.crc32(name.encode(), total))
+    return f"{total:08x}"
+
+
+def save(folder: Path, content: Mapping[str, Any]) -> None:
+    """Write a checkpoint; a killed write leaves the previous one.
+
+    Raises:
+        TrainingError: it cannot be written.
+    """
+    buffer = io.BytesIO()
+    torch.save(dict(content), buffer)
+    data = buffer.getvalue()
+    write_whole(folder / NAME, MAGIC + hashlib.sha256(data).digest() + data)
+
+
+def load(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
     """The checkpoint in a folder, or None if there is none.
 
     Args:
-        path: the folder.
+        folder: the folder.
         config: what the run was asked for; a checkpoint of another run is refused.
+
+    Returns:
+        What was saved.
 
     Raises:
         TrainingError: the checkpoint is damaged or belongs to another run.
     """
-    file = path / NAME
-    if not file.exists():
-        return None
+    file = folder / NAME
     try:
-        content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-        known = content["format"] == FORMAT
-        was: dict[str, Any] = content["config"]
-    except Exception as error:
+        data = file.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise TrainingError(f"The checkpoint {file} cannot be read: {error}.") from error
+    if not data.startswith(MAGIC):
         raise TrainingError(
-            f"The checkpoint {file} cannot be read ({error}). Remove it to start anew."
-        ) from error
-    if not known:
-        raise TrainingError(
-            f"The checkpoint {file} has format {content['format']}, this version reads {FORMAT}."
+            f"{file} is no checkpoint of this version of weft. Use another folder, or remove it to "
+            "start anew."
         )
-    for key, value in config.items():
-        if was.get(key) != value:
+    digest, body = data[len(MAGIC) :][:DIGEST], data[len(MAGIC) + DIGEST :]
+    if hashlib.sha256(body).digest() != digest:
+        raise TrainingError(
+            f"The checkpoint {file} is damaged: its {len(body)} bytes are not those that were "
+            "written. Remove it to start anew."
+        )
+    content: dict[str, Any] = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+    was: dict[str, Any] = content["config"]
+    for key in {**was, **config}:
+        if was.get(key) != config.get(key):
             raise TrainingError(
-                f"The checkpoint in {path} belongs to another run: {key} was {was.get(key)!r}, "
-                f"now {value!r}. Use another folder, or remove the checkpoint to start anew."
+                f"The checkpoint in {folder} belongs to another run: {key} was {was.get(key)!r}, "
+                f"now {config.get(key)!r}. Use another folder, or remove it to start anew."
             )
     return content

@@ -8,20 +8,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from torch.utils.data import DataLoader
+from accelerate import Accelerator
 
 from weft.core.model import MultiTaskModel
-from weft.errors import ConfigError, PlanError
+from weft.errors import ConfigError, DataError, PlanError
 
 from . import checkpoint as checkpoints
-from .batches import Loader, split_batch, steps_in, to_device
-from .evaluation import device_of
+from .acceleration import flat, given_accelerator, own_accelerator, tracked
+from .batches import Endless, Loader, to_device
+from .evaluation import device_of, modes_kept
+from .files import check_writable
 from .history import Callback, History
+from .loaders import check_loader, steps_in
 from .optimization import OptimizerChoice
 from .progress import Display
-from .run import Course, Run, Settings, seed_everything
-from .schedule import Schedule, phase_of_each_epoch
+from .randomness import Stream, caller_keeps_randomness, derived_seed
+from .run import Run
+from .schedule import Schedule
+from .settings import Settings
 
 TaskData = Loader | tuple[Loader, Loader | None]
 """Training batches of a task, alone or with validation batches."""
@@ -58,7 +62,12 @@ def fit(
     """Train tasks; tasks that are not named, and the base, do not change by a bit.
 
     One task trains alone; several train together, one batch of each per step. Unless the plan
-    trains shared tensors this gives each task what it would get alone.
+    trains shared tensors, or clips gradients, or modules draw random numbers (dropout), each task
+    gets what it would get alone in as many steps. Under torchrun each process takes its share of
+    the rows of every batch, so several processes do what one would do, but for batch normalisation,
+    which sees a share at a time.
+
+    The model's mode and the caller's random numbers are as before afterwards.
 
     Args:
         model: the model; moved to the accelerator's device.
@@ -74,43 +83,41 @@ def fit(
         schedule: "cosine" to zero, or "constant".
         warmup_steps: optimiser steps over which the rate rises from zero.
         accumulate: batches per optimiser step; their gradients are averaged.
-        clip: largest norm of the gradients.
+        clip: largest norm of the gradients, of all tasks together.
         steps: batches per epoch, if loaders have no length or to cut epochs.
         weights: by task, a factor on its loss.
-        keep: the state to end with: "best" on validation, or "last".
-        patience: stop after so many epochs without a better validation score.
+        keep: the state to end with: "best" on validation, or "last". Tasks without validation data
+            keep the last. Tasks that train shared tensors keep the epoch with the best mean score.
+        patience: stop after so many epochs without a better validation score of any task. A phase
+            that is cut short runs no transition.
         seed: of every epoch's random numbers; the same seed gives the same run.
-        precision: mixed precision of Accelerate.
+        precision: mixed precision of Accelerate; validation runs in full precision.
         subset: allow fitting only some tasks of a plan that trains shared tensors, which changes
             the others.
-        checkpoint: folder; a checkpoint is written after each epoch, and a run that finds one of
-            its own goes on from it to the same result.
+        checkpoint: folder, the same for all processes; a checkpoint is written after each epoch,
+            and a run that finds one of its own goes on from it to the same result.
         log: file for the history as JSON lines, rewritten after each epoch.
         trackers: names of Accelerate's trackers, for instance "tensorboard".
-        callbacks: called with an `Epoch` after each epoch.
-        progress: whether to show progress.
+        callbacks: called with an `Epoch` after each epoch, in every process.
+        progress: whether to show progress, on standard error.
         accelerator: an own Accelerator, instead of one made from ``precision``.
 
     Returns:
         The history. Gates are final afterwards: closed layers are shared again.
 
     Raises:
-        TaskError: an unknown task.
+        TaskError: an unknown task, or a loss or metric that is not one number.
         DataError: empty or unusable data.
+        ConfigError: an option that cannot work.
         PlanError: a subset of tasks whose plan trains shared tensors.
-        TrainingError: a loss that is not finite, too few epochs for the plan's phases, or a
-            checkpoint of another run. The model is then back at its last complete epoch.
+        TrainingError: a loss that is not finite, too few epochs for the plan's phases, a checkpoint
+            of another run, or a file that cannot be written.
+        Whatever ends a run early, ctrl-C included, the model is at its last complete epoch then,
+        with its gates not yet final.
     """
-    tasks = _checked_tasks(model, data, subset)
-    pairs = {t: d if isinstance(d, tuple) else (d, None) for t, d in data.items()}
-    train = {t: pair[0] for t, pair in pairs.items()}
-    validation = {t: pair[1] for t, pair in pairs.items() if pair[1] is not None}
-    for task, loader in validation.items():
-        if isinstance(loader, DataLoader):
-            steps_in(loader, task)
     settings = Settings(
         epochs=epochs,
-        steps=steps or max(steps_in(loader, t) for t, loader in train.items()),
+        steps=steps,
         lr=lr,
         head_lr=head_lr,
         momentum=momentum,
@@ -122,129 +129,139 @@ def fit(
         keep=keep,
         patience=patience,
         seed=seed,
-        precision=precision,
         weights=dict(weights or {}),
     )
-    settings.check()
-    course: Course = {
-        t: phase_of_each_epoch(model.plan(t).phases, epochs, model.plan(t).method) for t in tasks
-    }
+    tasks = _checked_tasks(model, data, subset=subset)
+    settings.check(tasks)
+    train, validation = _checked_data(data, exact=checkpoint is not None)
+    if patience is not None and not validation:
+        raise ConfigError("patience needs validation data: fit(model, {task: (train, val)}).")
+    length = steps or max(steps_in(loader, task) for task, loader in train.items())
     folder = None if checkpoint is None else Path(checkpoint)
-    config = _config(model, tasks, settings, optimizer)
-    resumed = None if folder is None else checkpoints.load(folder, config)
-    accelerator = accelerator or _accelerator(precision, trackers, log)
+    file = None if log is None else Path(log)
+    if accelerator is None:
+        accelerator = own_accelerator(precision, trackers, file)
+    else:
+        given_accelerator(accelerator, precision, trackers)
     model.to(accelerator.device)
-    _build_heads(model, train, seed)
+    config = _config(model, tasks, settings, length, optimizer, accelerator.mixed_precision)
+    resumed = None if folder is None else checkpoints.load(folder, config)
+    if accelerator.is_main_process:
+        for path in (file, None if folder is None else folder / checkpoints.NAME):
+            if path is not None:
+                check_writable(path)
 
-    with _only_these_train(model, tasks):
-        run = Run(model, tasks, train, validation, course, settings, optimizer, accelerator)
-        if resumed is not None:
-            run.resume(resumed)
-        if trackers:
-            accelerator.init_trackers("weft", config={k: str(v) for k, v in config.items()})
-        shown = progress and accelerator.is_main_process
-        with Display(shown, epochs, settings.steps) as display, run.back_to_last_epoch_on_error():
-            while not run.finished:
-                rows = run.one_epoch(display, callbacks)
-                if trackers:
-                    accelerator.log(_flat(rows), step=run.epoch - 1)
-                if accelerator.is_main_process and folder is not None:
-                    checkpoints.save(folder, {"config": config, **run.state()})
-                if accelerator.is_main_process and log is not None:
-                    run.history.write(Path(log))
-        run.end()
-        if trackers:
-            accelerator.end_training()
-    for task in tasks:
-        model.harden(task)
+    with caller_keeps_randomness(accelerator.device), modes_kept(model):
+        _build_heads(model, train, seed)
+        with _only_these_train(model, tasks):
+            run = Run(model, train, validation, length, settings, optimizer, accelerator)
+            if resumed is not None:
+                run.resume(resumed)
+            shown = progress and accelerator.is_main_process
+            with (
+                tracked(accelerator, trackers, config),
+                Display(shown, epochs, length) as display,
+                run.back_to_last_epoch_on_error(),
+            ):
+                while not run.finished:
+                    rows = run.one_epoch(display, callbacks)
+                    accelerator.log(flat(rows), step=run.epoch - 1)
+                    if accelerator.is_main_process and folder is not None:
+                        checkpoints.save(folder, {"config": config, **run.state()})
+                    if accelerator.is_main_process and file is not None:
+                        run.history.write(file)
+                run.end()
+        for task in tasks:
+            model.harden(task)
     return run.history
 
 
 def _checked_tasks(
-    model: MultiTaskModel, data: Mapping[str, TaskData], subset: bool
+    model: MultiTaskModel, data: Mapping[str, TaskData], *, subset: bool
 ) -> tuple[str, ...]:
     tasks = tuple(data)
     if not tasks:
         raise ConfigError(
             "fit(model, data) needs data for at least one task: {task: (train, val)}."
         )
-    plans = [model.plan(task) for task in tasks]
-    sharers = [t for t in model.task_names if model.plan(t) is model.sharing]
-    left_out = [t for t in sharers if t not in tasks]
+    plans = [model.plan(task) for task in tasks]  # an unknown task is refused here
+    left_out = [t for t in model.task_names if t not in tasks]
     if model.sharing in plans and model.sharing.trains_shared and left_out and not subset:
         raise PlanError(
-            f"'{model.sharing.method}' trains tensors that all its tasks share, so fitting only "
+            f"'{model.sharing.method}' trains tensors that all tasks use, so fitting only "
             f"{', '.join(tasks)} would change {', '.join(left_out)}. Give data for all of them, "
             "or say subset=True."
         )
     return tasks
 
 
+def _checked_data(
+    data: Mapping[str, TaskData], *, exact: bool
+) -> tuple[dict[str, Loader], dict[str, Loader]]:
+    """Training and validation batches by task."""
+    train: dict[str, Loader] = {}
+    validation: dict[str, Loader] = {}
+    for task, given in data.items():
+        pair = given if isinstance(given, tuple) else (given, None)
+        if len(pair) != 2:
+            raise DataError(
+                f"The data of '{task}' is training batches or a pair (train, val), found a tuple "
+                f"of {len(pair)}."
+            )
+        check_loader(pair[0], task, exact=exact)
+        train[task] = pair[0]
+        if pair[1] is not None:
+            check_loader(pair[1], task, exact=exact)
+            validation[task] = pair[1]
+    return train, validation
+
+
 def _config(
-    model: MultiTaskModel, tasks: tuple[str, ...], settings: Settings, optimizer: OptimizerChoice
+    model: MultiTaskModel,
+    tasks: tuple[str, ...],
+    settings: Settings,
+    steps: int,
+    optimizer: OptimizerChoice,
+    precision: str,
 ) -> dict[str, Any]:
     """What a run was asked for, in plain values, to recognise its checkpoints."""
     plans = {t: [model.plan(t).method, str(sorted(model.plan(t).options.items()))] for t in tasks}
-    choice = optimizer if isinstance(optimizer, str) else "custom"
-    return {**settings.plain(), "optimizer": choice, "tasks": list(tasks), "plans": plans}
-
-
-def _accelerator(precision: str, trackers: Sequence[str], log: str | Path | None) -> Accelerator:
-    # Which parameters a step uses can differ between phases; buffers are not one for all
-    # processes, because each normalises its own part of a batch.
-    ddp = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
-    folder = Path(log).parent if log is not None else Path("runs")
-    try:
-        return Accelerator(
-            mixed_precision=precision,
-            log_with=list(trackers) or None,
-            project_dir=str(folder) if trackers else None,
-            kwargs_handlers=[ddp],
-        )
-    except ValueError as error:
-        raise ConfigError(
-            f"Accelerate cannot start with precision='{precision}' and trackers="
-            f"{list(trackers)}: {error}. One process uses one precision: start a new one, or "
-            "give fit an accelerator."
-        ) from error
+    return {
+        **settings.plain(),
+        "steps": steps,
+        "precision": precision,
+        "optimizer": optimizer if isinstance(optimizer, str) else "custom",
+        "tasks": list(tasks),
+        "plans": plans,
+        "base": checkpoints.fingerprint(model),
+    }
 
 
 def _build_heads(model: MultiTaskModel, train: Mapping[str, Loader], seed: int) -> None:
     """Build heads that are sized by the base's output from the first batch of their data."""
-    waiting = [t for t in train if not model.tasks[t].head_is_built]
-    if not waiting:
-        return
-    seed_everything(seed)
-    was_training = model.training
     model.eval()
-    with torch.no_grad():
-        for task in waiting:
-            for batch in train[task]:
-                x, _ = to_device(split_batch(batch, task), device_of(model))
-                model.step({task: x}, charge={task: 0.0})
-                break
-    model.train(was_training)
+    for task, loader in train.items():
+        if not model.tasks[task].head_is_built:
+            batch, _ = Endless(loader, task, derived_seed(seed, "head", task)).next()
+            with Stream(derived_seed(seed, "head", task)), torch.no_grad():
+                model.step({task: to_device(batch, device_of(model))}, charge={task: 0.0})
 
 
 @contextmanager
 def _only_these_train(model: MultiTaskModel, tasks: tuple[str, ...]) -> Iterator[None]:
-    """Other tasks' tensors neither train nor travel between processes in this block."""
+    """Nothing else requires gradients, or travels between processes, in this block."""
     flags = [(p, p.requires_grad) for p in model.parameters()]
     for name in model.task_names:
         if name not in tasks:
             model.tasks[name].requires_grad_(False)
+    if all(model.plan(task) is not model.sharing for task in tasks):
+        for parameter in model.shared_trainable().values():
+            parameter.requires_grad_(False)
     try:
         yield
     finally:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = None
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-
-
-def _flat(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Rows as the flat numbers that trackers take."""
-    flat: dict[str, float] = {}
-    for task, row in rows.items():
-        numbers = {k: v for k, v in row.items() if isinstance(v, (int, float))}
-        numbers |= {f"val/{k}": v for k, v in row["val"].items()}
-        flat |= {f"{task}/{k}": float(v) for k, v in numbers.items()}
-    return flat

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -31,8 +30,8 @@ def parameter_groups(
 ) -> Groups:
     """What trains when these tasks are fitted, grouped as their plans recommend.
 
-    Tuned copies of base tensors (TAPS) are grouped without decay: theirs must pull towards the
-    base. `fit` adds it; in a loop of one's own see `anchors`.
+    Tuned copies of base tensors (TAPS) are grouped without decay: theirs pulls towards the base,
+    which `pull_to_base` adds to an optimiser.
 
     Args:
         model: the model.
@@ -44,25 +43,27 @@ def parameter_groups(
     Returns:
         Groups for any torch optimiser.
     """
+    names = list(tasks)
     found: dict[tuple[str, float, float], list[nn.Parameter]] = {}
 
     def put(kind: str, parameter: nn.Parameter, rate: float, decay: float) -> None:
         found.setdefault((kind, rate, decay), []).append(parameter)
 
-    for task in tasks:
-        plan = model.plan(task)
-        anchored = {key for key, _ in anchors(model, task)}
+    for task in names:
+        groups = model.plan(task).groups
+        anchored = _anchors(model, task)
         for key, parameter in model.trainable(task).items():
-            group = _group_of(plan.groups, key)
+            group = _group_of(groups, key)
             decay = weight_decay if group.decay and key not in anchored else 0.0
             put("own", parameter, lr * group.lr, decay)
         head = model.head(task)
         for parameter in [] if head is None else head.parameters():
             if parameter.requires_grad:
                 put("head", parameter, lr if head_lr is None else head_lr, weight_decay)
-    for key, parameter in model.shared_trainable().items():
-        group = _group_of(model.sharing.groups, key)
-        put("shared", parameter, lr * group.lr, weight_decay if group.decay else 0.0)
+    if any(model.plan(task) is model.sharing for task in names):
+        for key, parameter in model.shared_trainable().items():
+            group = _group_of(model.sharing.groups, key)
+            put("shared", parameter, lr * group.lr, weight_decay if group.decay else 0.0)
     return [
         {"params": params, "lr": rate, "weight_decay": decay, "name": kind}
         for (kind, rate, decay), params in found.items()
@@ -73,54 +74,67 @@ def _group_of(groups: tuple[Group, ...], key: str) -> Group:
     return next((g for g in groups if g.takes(key)), Group(match=("*",)))
 
 
-def anchors(model: MultiTaskModel, task: str) -> list[tuple[str, Tensor]]:
-    """Own tensors that weight decay pulls towards a base tensor: ``[(key, base tensor)]``."""
-    state = model.tasks[task]
+def _anchors(model: MultiTaskModel, task: str) -> dict[str, Tensor]:
+    """The base tensor that weight decay pulls an own tensor towards, by the own tensor's key."""
     base = dict(named_tensors(model.base))
-    return [(k, base[n]) for n, p in state.patches.items() for k in p.anchored(n)]
+    patches = model.tasks[task].patches
+    return {key: base[name] for name, patch in patches.items() for key in patch.anchored(name)}
 
 
-@dataclass(frozen=True)
-class PullToBase:
-    """Weight decay of tuned copies of base tensors, towards the base.
+def pull_to_base(
+    optimizer: Optimizer, model: MultiTaskModel, tasks: Iterable[str], weight_decay: float
+) -> None:
+    """Let every step of an optimiser decay tuned copies of base tensors towards the base.
 
     With D = tuned - base this is the decay of the residual D, so that the tuned form of TAPS equals
-    the residual form: grad + decay * D for SGD, and D - lr * decay * D after a step of AdamW.
+    the residual form: grad + decay * D, or D * (1 - lr * decay) before the step of an AdamW.
 
     Args:
-        pairs: own parameters, each with its base tensor.
-        decay: the weight decay.
-        decoupled: AdamW's form.
+        optimizer: over groups of `parameter_groups`.
+        model: the model.
+        tasks: names of the tasks.
+        weight_decay: the decay.
     """
-
-    pairs: tuple[tuple[nn.Parameter, Tensor], ...]
-    decay: float
-    decoupled: bool
-
-    @torch.no_grad()
-    def before_step(self) -> None:
-        """Add the decay to gradients, for optimisers that decay so."""
-        if self.decay and not self.decoupled:
-            for parameter, base in self.pairs:
-                if parameter.grad is not None:
-                    parameter.grad.add_(parameter - base, alpha=self.decay)
+    homes: dict[int, Tensor] = {}
+    for task in tasks:
+        own, groups = model.trainable(task), model.plan(task).groups
+        for key, base in _anchors(model, task).items():
+            if key in own and _group_of(groups, key).decay:
+                homes[id(own[key])] = base
+    if not homes or not weight_decay:
+        return
+    decoupled = isinstance(optimizer, AdamW)
 
     @torch.no_grad()
-    def after_step(self, lr: float) -> None:
-        """Pull by ``lr * decay``, for optimisers that decay apart from the gradient."""
-        if self.decay and self.decoupled:
-            for parameter, base in self.pairs:
-                parameter.lerp_(base, lr * self.decay)
+    def pull(optimizer: Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                base = homes.get(id(parameter))
+                if base is None or parameter.grad is None:
+                    continue
+                if decoupled:
+                    parameter.lerp_(base, group["lr"] * weight_decay)
+                else:
+                    parameter.grad.add_(parameter - base, alpha=weight_decay)
+
+    # Before the step proper, when gradients are clipped and unscaled, and only if there is one.
+    optimizer.register_step_pre_hook(pull)
 
 
 def make_optimizer(choice: OptimizerChoice, groups: Groups, momentum: float) -> Optimizer:
     """The optimiser for the groups.
 
     Raises:
-        ConfigError: an unknown name.
+        ConfigError: an unknown name, or a function that returned something else.
     """
     if not isinstance(choice, str):
-        return choice(groups)
+        optimizer = choice(groups)
+        if not isinstance(optimizer, Optimizer):
+            raise ConfigError(
+                "optimizer as a function of groups returns a torch.optim.Optimizer, found "
+                f"{type(optimizer).__name__}."
+            )
+        return optimizer
     if choice == "sgd":
         return SGD(groups, momentum=momentum)
     if choice == "adamw":

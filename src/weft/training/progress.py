@@ -10,6 +10,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .history import Row
 
+MANY = 8
+"""Up to so many tasks get a line each."""
+
 
 class Display:
     """A live bar on a terminal, a line per epoch elsewhere, or nothing.
@@ -72,14 +75,33 @@ class Display:
         """An epoch is done."""
         if not self._lines and self._bar is None:
             return
-        for task, row in rows.items():
-            parts = [f"epoch {epoch + 1}/{self._epochs}", row["phase"], f"loss {row['loss']:.4f}"]
-            parts += [f"{name} {value:.4f}" for name, value in list(row["val"].items())[:1]]
-            if row["gates"]:
-                parts.append(f"open gates {row['open_gates']}/{row['gates']}")
-            parts.append(f"{row['seconds']:.1f} s")
-            line = f"{task}: " + "  ".join(parts)
-            if self._bar is not None and len(rows) <= 8:
-                self._bar.console.print(line, highlight=False, markup=False)
-            elif self._lines:
-                self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console = self._console if self._bar is None else self._bar.console
+        shown = rows if len(rows) <= MANY else {f"{len(rows)} tasks": _summary(rows)}
+        for name, row in shown.items():
+            line = f"{name}: epoch {epoch + 1}/{self._epochs}  {_describe(row)}"
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _describe(row: Row) -> str:
+    parts = [row["phase"], f"loss {row['loss']:.4f}"]
+    parts += [f"{name} {value:.4f}" for name, value in list(row["val"].items())[:1]]
+    if row["gates"]:
+        parts.append(f"open gates {row['open_gates']}/{row['gates']}")
+    return "  ".join([*parts, f"{row['seconds']:.1f} s"])
+
+
+def _summary(rows: Mapping[str, Row]) -> Row:
+    """One row in the place of very many: means over the tasks, and the gates of all."""
+    every = list(rows.values())
+    scores: dict[str, list[float]] = {}
+    for row in every:
+        for name, value in list(row["val"].items())[:1]:
+            scores.setdefault(f"mean {name}", []).append(value)
+    return {
+        "phase": every[0]["phase"],
+        "loss": sum(row["loss"] for row in every) / len(every),
+        "val": {name: sum(values) / len(values) for name, values in scores.items()},
+        "open_gates": sum(row["open_gates"] for row in every),
+        "gates": sum(row["gates"] for row in every),
+        "seconds": every[0]["seconds"],
+    }

@@ -22,18 +22,21 @@ def phase_of_each_epoch(phases: tuple[Phase, ...], epochs: int, method: str) -> 
         epochs: of the whole run.
         method: the plan's method, for the error.
 
+    Returns:
+        The phase of each epoch.
+
     Raises:
         TrainingError: the exact phases leave too few epochs.
     """
     exact = sum(p.epochs or 0 for p in phases)
     flexible = [p for p in phases if p.epochs is None]
     rest = epochs - exact
-    if rest < len(flexible) or (not flexible and rest < 0):
+    if rest < len(flexible):
         need = exact + len(flexible)
         raise TrainingError(
             f"'{method}' has {len(phases)} phases ({', '.join(p.name for p in phases)}) and needs "
-            f"at least {need} epochs, found epochs={epochs}. Train longer or shorten the phases "
-            "(for taps: warmup=0, harden=0)."
+            f"at least {need} epochs, found epochs={epochs}. Train longer, or shorten the phases "
+            "by the method's options."
         )
     lengths = _divide(rest, [p.share for p in flexible])
     course: list[Phase] = []
@@ -48,13 +51,12 @@ def _divide(total: int, shares: list[float]) -> list[int]:
     """Whole numbers that add up to the total, each at least one, nearest to the shares."""
     if not shares:
         return []
-    spare = total - len(shares)
     weight = sum(shares)
     bounds = [0.0]
     for share in shares:
         bounds.append(bounds[-1] + share / weight * total)
     lengths = [max(1, round(bounds[i + 1]) - round(bounds[i])) for i in range(len(shares))]
-    while sum(lengths) > len(shares) + spare:
+    while sum(lengths) > total:
         lengths[lengths.index(max(lengths))] -= 1
     lengths[-1] += total - sum(lengths)
     return lengths
@@ -64,9 +66,13 @@ def rate_factor(schedule: Schedule, steps: int, warmup: int) -> Callable[[int], 
     """The factor on the learning rate at each optimiser step.
 
     Args:
-        schedule: "cosine" falls to zero at the last step; "constant" stays.
+        schedule: "cosine" falls towards zero, which it would reach one step after the last;
+            "constant" stays.
         steps: optimiser steps of the whole run.
-        warmup: steps over which the rate rises linearly from zero.
+        warmup: steps over which the rate rises linearly to its full value.
+
+    Returns:
+        A function of the step, counted from 0.
     """
 
     def factor(step: int) -> float:

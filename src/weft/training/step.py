@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,7 +12,36 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from weft.core.model import MultiTaskModel
-from weft.errors import TrainingError
+from weft.core.task import Task
+from weft.errors import DataError, TaskError, TrainingError
+
+
+def loss_of(description: Task, task: str, output: Any, target: Any) -> Tensor:
+    """The task's loss, a scalar, on targets that the task can take.
+
+    Args:
+        description: head, loss and metric.
+        task: the task's name, for errors.
+        output: of the head.
+        target: from the data.
+
+    Returns:
+        The loss.
+
+    Raises:
+        DataError: the task's check refuses the targets.
+        TaskError: the loss is not one number.
+    """
+    if description.check is not None:
+        try:
+            description.check(output, target)
+        except DataError as error:
+            raise DataError(f"Task '{task}': {error}") from error
+    loss = description.loss(output, target)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise TaskError(f"The loss of '{task}' is one number, found {found}. Take its mean.")
+    return loss.reshape(())
 
 
 class TrainingStep(nn.Module):
@@ -38,42 +69,74 @@ class TrainingStep(nn.Module):
             charge: by task, the factor on its plan's penalties.
         """
         step = self.model.step({task: x for task, (x, _) in batches.items()}, charge=charge)
-        losses: dict[str, Tensor] = {}
-        for task, (_, y) in batches.items():
-            description = self.model.tasks[task].task
-            if description.check is not None:
-                description.check(step.outputs[task], y)
-            losses[task] = description.loss(step.outputs[task], y)
-        weighted = [losses[task] * self.weights.get(task, 1.0) for task in losses]
-        total = torch.stack([loss.reshape(()) for loss in weighted]).sum() + step.penalty
+        losses = {
+            task: loss_of(self.model.tasks[task].task, task, step.outputs[task], y)
+            for task, (_, y) in batches.items()
+        }
+        weighted = [loss * self.weights.get(task, 1.0) for task, loss in losses.items()]
+        total = sum(weighted[1:], start=weighted[0]) + step.penalty
         return {"total": total, "losses": losses, "penalty": step.penalty}
 
 
-def check_finite(
-    result: Mapping[str, Any], batches: Mapping[str, tuple[Any, Any]], step: int
-) -> None:
-    """Stop a run whose loss is not a number, before it reaches any parameter.
+@dataclass(frozen=True)
+class Figures:
+    """The numbers of one step, fetched from the device at once.
 
-    Raises:
-        TrainingError: names the step, the task, and what to try.
+    Args:
+        total: what was differentiated.
+        penalty: the plans' charges, over all tasks.
+        losses: by task.
     """
-    if bool(torch.isfinite(result["total"])):
-        return
-    for task, loss in result["losses"].items():
-        if bool(torch.isfinite(loss)):
+
+    total: float
+    penalty: float
+    losses: dict[str, float]
+
+
+def figures_of(result: Mapping[str, Any]) -> Figures:
+    """The numbers of a step's result."""
+    losses: dict[str, Tensor] = result["losses"]
+    total: Tensor = result["total"].detach()
+    values = [total, result["penalty"], *losses.values()]
+    numbers = torch.stack([v.detach().to(total.dtype) for v in values]).tolist()
+    return Figures(numbers[0], numbers[1], dict(zip(losses, numbers[2:], strict=True)))
+
+
+def problem_with(figures: Figures, batches: Mapping[str, tuple[Any, Any]], step: int) -> str | None:
+    """What is wrong with a step whose loss is not a number: the step, the task, what to try."""
+    if math.isfinite(figures.total):
+        return None
+    for task, loss in figures.losses.items():
+        if math.isfinite(loss):
             continue
-        inputs = pytree.tree_leaves(batches[task][0])
-        bad = [t for t in inputs if isinstance(t, Tensor) and t.is_floating_point()]
-        if any(not bool(torch.isfinite(t).all()) for t in bad):
-            raise TrainingError(
+        leaves = pytree.tree_leaves(batches[task][0])
+        inputs = [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
+        if any(not bool(torch.isfinite(t).all()) for t in inputs):
+            return (
                 f"The inputs of '{task}' at step {step} contain NaN or infinity. "
                 "Clean the data; the model is back at its last complete epoch."
             )
-        raise TrainingError(
-            f"The loss of '{task}' at step {step} is {float(loss)}. Try a lower learning rate, "
-            "gradient clipping (clip=1.0), a warm-up, or full precision; the model is back at "
-            "its last complete epoch."
+        return (
+            f"The loss of '{task}' at step {step} is {loss}. Try a lower learning rate, "
+            "gradient clipping (clip=1.0), a warm-up (warmup_steps=100), or full precision; the "
+            "model is back at its last complete epoch."
         )
-    raise TrainingError(
-        f"The penalty at step {step} is {float(result['penalty'])}. Try a lower learning rate."
+    return (
+        f"The penalty at step {step} is {figures.penalty}. Try a lower learning rate or a lower "
+        "price in the plan; the model is back at its last complete epoch."
     )
+
+
+def check_parameters(parameters: Iterable[Tensor], epoch: int) -> None:
+    """Refuse an epoch that ended with parameters that are not numbers.
+
+    Raises:
+        TrainingError: some are NaN or infinite.
+    """
+    finite = torch.stack([torch.isfinite(p).all() for p in parameters])
+    if not bool(finite.all()):
+        raise TrainingError(
+            f"Parameters are NaN or infinite after epoch {epoch + 1}. Try a lower learning rate, "
+            "gradient clipping (clip=1.0) or full precision; the model is back at its last "
+            "complete epoch."
+        )

@@ -1,0 +1,162 @@
+"""Bases by name: timm, torchvision, transformers, or a function in a file."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from .data import Preprocessing
+from .errors import ConfigError, MissingExtra, close_matches
+
+
+def load_base(
+    name: str, *, weights: str | Path | None = None, options: Mapping[str, Any] | None = None
+) -> tuple[nn.Module, Preprocessing | None]:
+    """A base network and the preprocessing that its library states for it.
+
+    Args:
+        name: ``timm:NAME``, ``torchvision:NAME``, ``hf:NAME_OR_FOLDER`` or
+            ``python:FILE.py:FUNCTION``.
+        weights: a file of weights to load into it, safetensors or torch.
+        options: arguments of the function that makes it. Pretrained weights are fetched unless
+            ``weights`` is given or ``pretrained: false`` is among them.
+
+    Returns:
+        The module without a classifier, and its preprocessing if the library states one.
+
+    Raises:
+        ConfigError: an unknown prefix, name or function, or weights that do not fit.
+        MissingExtra: the library is not installed.
+    """
+    prefix, colon, rest = name.partition(":")
+    if not colon or prefix not in SOURCES:
+        raise ConfigError(
+            f"A base is named timm:NAME, torchvision:NAME, hf:NAME or python:FILE.py:FUNCTION, "
+            f"found '{name}'.{close_matches(prefix, SOURCES)}"
+        )
+    chosen = dict(options or {})
+    if prefix in ("timm", "torchvision"):
+        chosen.setdefault("pretrained", weights is None)
+    base, preprocessing = SOURCES[prefix](rest, chosen)
+    if weights is not None:
+        _load_weights(base, Path(weights), name)
+    return base, preprocessing
+
+
+def _timm(name: str, options: dict[str, Any]) -> tuple[nn.Module, Preprocessing | None]:
+    try:
+        import timm
+    except ImportError:
+        raise MissingExtra("A timm base", "timm") from None
+    if not timm.is_model(name):
+        raise ConfigError(f"timm has no model '{name}'.{close_matches(name, timm.list_models())}")
+    base = _made(name, timm.create_model, name, **{"num_classes": 0, **options})
+    config = timm.data.resolve_model_data_config(base)
+    return base, Preprocessing(mean=tuple(config["mean"]), std=tuple(config["std"]))
+
+
+def _torchvision(name: str, options: dict[str, Any]) -> tuple[nn.Module, Preprocessing | None]:
+    try:
+        from torchvision import models
+    except ImportError:
+        raise MissingExtra("A torchvision base", "torchvision") from None
+    if name not in models.list_models():
+        raise ConfigError(
+            f"torchvision has no model '{name}'.{close_matches(name, models.list_models())}"
+        )
+    pretrained = options.pop("pretrained")
+    chosen = {"weights": "DEFAULT" if pretrained else None, **options}
+    base = _made(name, models.get_model, name, **chosen)
+    for classifier in ("fc", "classifier", "heads", "head"):
+        if classifier in dict(base.named_children()):
+            base.set_submodule(classifier, nn.Identity())
+            break
+    return base, Preprocessing.imagenet()
+
+
+def _transformers(name: str, options: dict[str, Any]) -> tuple[nn.Module, Preprocessing | None]:
+    try:
+        from transformers import AutoConfig, AutoImageProcessor, AutoModel
+    except ImportError:
+        raise MissingExtra("A transformers base", "hf") from None
+    if options.pop("pretrained", True):
+        base = _made(name, AutoModel.from_pretrained, name, **options)
+    else:
+        base = AutoModel.from_config(_made(name, AutoConfig.from_pretrained, name, **options))
+    try:
+        processor = AutoImageProcessor.from_pretrained(name)
+        mean, std = tuple(processor.image_mean), tuple(processor.image_std)
+    except (OSError, ValueError, AttributeError, TypeError, ImportError):
+        return base, None  # no images, or no processor stored with the model
+    return base, Preprocessing(mean=mean, std=std)
+
+
+def _python(rest: str, options: dict[str, Any]) -> tuple[nn.Module, Preprocessing | None]:
+    path, colon, function = rest.rpartition(":")
+    file = Path(path)
+    if not colon or not file.is_file():
+        raise ConfigError(
+            f"python:FILE.py:FUNCTION needs an existing file, found '{path or rest}'."
+        )
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Files of one project import each other by name.
+    sys.path.insert(0, str(file.parent))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(file.parent))
+    make = vars(module).get(function)
+    if not callable(make):
+        functions = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+        raise ConfigError(
+            f"{file} has no function '{function}'.{close_matches(function, functions)}"
+        )
+    base = _made(rest, make, **options)
+    if not isinstance(base, nn.Module):
+        raise ConfigError(f"'{rest}' returned {type(base).__name__}, expected a torch module.")
+    return base, None
+
+
+SOURCES: dict[str, Callable[[str, dict[str, Any]], tuple[nn.Module, Preprocessing | None]]] = {
+    "timm": _timm,
+    "torchvision": _torchvision,
+    "hf": _transformers,
+    "python": _python,
+}
+
+
+def _made(name: str, make: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Call a library's function; a wrong option or a failed download says what to do."""
+    try:
+        return make(*args, **options)
+    except TypeError as error:
+        raise ConfigError(f"The base '{name}' cannot be made with {options}: {error}.") from error
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(
+            f"The base '{name}' could not be made: {error}\n"
+            "Without access to its hub, give base.weights: FILE and options: {pretrained: false}."
+        ) from error
+
+
+def _load_weights(base: nn.Module, path: Path, name: str) -> None:
+    if not path.is_file():
+        raise ConfigError(f"base.weights: there is no file '{path}'.")
+    try:
+        if path.suffix == ".safetensors":
+            tensors = load_file(path)
+        else:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+        base.load_state_dict(tensors, strict=True)
+    except (RuntimeError, SafetensorError, EOFError, ValueError) as error:
+        raise ConfigError(f"The weights '{path}' do not fit the base '{name}': {error}") from error

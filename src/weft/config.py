@@ -1,0 +1,261 @@
+"""The YAML file of `weft train`: its schema, overrides, and errors that name the key."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from .errors import ConfigError, close_matches
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BaseSection(_Section):
+    """The base network.
+
+    Args:
+        name: ``timm:NAME``, ``torchvision:NAME``, ``hf:NAME`` or ``python:FILE.py:FUNCTION``.
+        weights: a file of weights (safetensors or torch) to load into it.
+        options: arguments of the function that makes it.
+        output: what heads read if the base returns a structure.
+        mean: of each channel of the pixels in 0..1 that the base was trained on.
+        std: likewise; mean and std default to what the base's library says, else 0.5.
+        channels_last: run in this memory format, which is faster for convolutions on CPUs.
+    """
+
+    name: str
+    weights: str | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
+    output: str | int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    channels_last: bool = False
+
+
+class MethodSection(_Section):
+    """A method and its options.
+
+    Args:
+        name: one of ``weft methods``.
+        options: the method's options.
+    """
+
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class TaskSection(_Section):
+    """One task.
+
+    Args:
+        data: ``imagefolder:DIR``, ``csv:FILE#target=COLUMN``, ``npz:FILE``, ``hf:PATH`` or
+            ``python:FILE.py:FUNCTION``.
+        kind: classification, binary, regression or segmentation.
+        classes: how many classes; default what the data says.
+        options: further arguments of the kind, for instance ``{head_init: zero}``.
+        method: a plan of its own for this task.
+    """
+
+    data: str
+    kind: Literal["classification", "binary", "regression", "segmentation"] = "classification"
+    classes: int | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
+    method: MethodSection | None = None
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        return named_method(value)
+
+
+class AugmentationSection(_Section):
+    """Random changes to training images; see `weft.data.Augmentation`."""
+
+    flip: bool = True
+    crop_padding: int = Field(0, ge=0)
+    min_area: float = Field(1.0, gt=0, le=1)
+    brightness: float = Field(0.0, ge=0)
+    contrast: float = Field(0.0, ge=0)
+
+
+class DataSection(_Section):
+    """How data is read.
+
+    Args:
+        batch_size: rows in a training batch.
+        eval_batch_size: rows in a validation or test batch.
+        image_size: side that images are resized to.
+        augmentation: random changes to training images.
+        workers: processes that prepare batches.
+        val: share of the rows for validation where the data has no such split.
+        test: likewise for testing.
+    """
+
+    batch_size: int = Field(32, ge=1)
+    eval_batch_size: int = Field(256, ge=1)
+    image_size: int | None = Field(None, ge=1)
+    augmentation: AugmentationSection | None = None
+    workers: int = Field(0, ge=0)
+    val: float = Field(0.15, ge=0, lt=1)
+    test: float = Field(0.15, ge=0, lt=1)
+
+
+class TrainSection(_Section):
+    """Arguments of `weft.fit`.
+
+    Args:
+        joint: train all tasks together; default only if the plan trains shared tensors.
+    """
+
+    epochs: int = Field(30, ge=1)
+    lr: float = Field(0.01, gt=0)
+    head_lr: float | None = Field(None, gt=0)
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_steps: int = Field(0, ge=0)
+    accumulate: int = Field(1, ge=1)
+    clip: float | None = Field(None, gt=0)
+    steps: int | None = Field(None, ge=1)
+    keep: Literal["best", "last"] = "best"
+    patience: int | None = Field(None, ge=1)
+    precision: Literal["no", "fp16", "bf16"] = "no"
+    trackers: list[str] = Field(default_factory=list)
+    joint: bool | None = None
+
+
+class Experiment(_Section):
+    """A whole file.
+
+    Args:
+        base: the base network.
+        method: the plan of all tasks, a name or ``{name: ..., options: ...}``.
+        tasks: by name.
+        data: how data is read.
+        train: how tasks are trained.
+        output: the folder for bank, checkpoints, history and report.
+        seed: of data splits and training.
+    """
+
+    base: BaseSection
+    method: MethodSection
+    tasks: dict[str, TaskSection] = Field(min_length=1)
+    data: DataSection = DataSection()
+    train: TrainSection = TrainSection()
+    output: str = "runs/weft"
+    seed: int = Field(0, ge=0)
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        return named_method(value)
+
+
+def named_method(value: Any) -> Any:
+    """Accept ``taps``, ``{name: taps, penalty: 0.3}`` and ``{name: taps, options: {...}}``."""
+    if isinstance(value, str):
+        return {"name": value}
+    if isinstance(value, Mapping) and isinstance(value.get("options", {}), Mapping):
+        named = {k: v for k, v in value.items() if k not in ("name", "options")}
+        options = {**value.get("options", {}), **named}
+        return {**{k: v for k, v in value.items() if k == "name"}, "options": options}
+    return value
+
+
+def read(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Read and check a file.
+
+    Args:
+        path: a YAML file; relative paths in it are seen from where weft is started.
+        overrides: ``key.of.value=value`` with the value in YAML, later ones win.
+
+    Raises:
+        ConfigError: names the key, the value found and what was expected.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigError(f"There is no file '{file}'. Give the YAML file of an experiment.")
+    try:
+        content = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"'{file}' is not YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"'{file}' holds {type(content).__name__}; expected keys such as base:.")
+    for override in overrides:
+        _set(content, override)
+    return check(content)
+
+
+def _set(content: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"An override is key.of.value=value, found '{override}'.")
+    *parents, last = key.split(".")
+    place: Any = content
+    for part in parents:
+        if isinstance(place, dict) and isinstance(place.get(part), str) and part == "method":
+            place[part] = {"name": place[part]}
+        place = place.setdefault(part, {}) if isinstance(place, dict) else None
+        if not isinstance(place, dict):
+            raise ConfigError(
+                f"The override '{override}' goes through '{part}', which has no keys."
+            )
+    place[last] = yaml.safe_load(text)
+
+
+def check(content: Mapping[str, Any]) -> Experiment:
+    """Check the content of a file.
+
+    Raises:
+        ConfigError: names every wrong key, what was found and what was expected.
+    """
+    try:
+        return Experiment.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError(
+            "The configuration has "
+            + ("an error" if error.error_count() == 1 else f"{error.error_count()} errors")
+            + ":\n"
+            + "\n".join(f"  {_explain(dict(e))}" for e in error.errors())
+        ) from None
+
+
+def _explain(error: dict[str, Any]) -> str:
+    path = [str(p) for p in error["loc"]]
+    key = ".".join(path)
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(path[:-1])
+        hint = close_matches(path[-1], known) or f" Keys here: {', '.join(known)}."
+        return f"{key}: no such key.{hint}"
+    if error["type"] == "missing":
+        return f"{key}: missing."
+    message = error["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+    return f"{key}: found {error['input']!r}, {message[0].lower()}{message[1:]}."
+
+
+def _known_keys(path: Sequence[str]) -> list[str]:
+    """The keys of the section at a path."""
+    section: type[BaseModel] = Experiment
+    inside_tasks = False
+    sections: dict[str, type[BaseModel]] = {
+        "base": BaseSection,
+        "method": MethodSection,
+        "data": DataSection,
+        "train": TrainSection,
+        "augmentation": AugmentationSection,
+    }
+    for part in path:
+        if part == "tasks":
+            inside_tasks = True
+        elif inside_tasks:
+            section, inside_tasks = TaskSection, False
+        else:
+            section = sections.get(part, section)
+    return list(section.model_fields)

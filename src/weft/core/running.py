@@ -1,0 +1,209 @@
+"""Running: composes a task's tensors and leases structures to run them.
+
+What is here is derived from a model's base, shared tensors and plans, and is made anew rather than
+copied or stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from weft.errors import DataError
+
+from .adapter import Call, Insertion, Records
+from .pool import Pool
+from .rows import Arguments, call_arguments, count_rows, select_output
+from .sharing import Sharing
+from .sites import tensor_slots
+from .state import TaskState, TensorTable
+from .structure import buffers_of
+from .view import View
+
+Output = str | int | Callable[[Any], Tensor] | None
+"""What heads read of the base's output: a key or attribute, an index, a function, or all of it."""
+
+
+class Runner:
+    """Runs the tasks of one model.
+
+    Args:
+        base: the model's own base.
+        shared: the shared tensors that the model's plan adds.
+        output: what heads read of the base's output.
+    """
+
+    def __init__(self, base: nn.Module, shared: TensorTable, output: Output) -> None:
+        self._base = base
+        self._shared = shared
+        self._output = output
+        self._slots = tensor_slots(base)
+        self._buffers = frozenset(name for name, _ in buffers_of(self._slots))
+        self._pools: dict[tuple[tuple[str, Insertion], ...], Pool] = {}
+        self._pool_of_plan: WeakKeyDictionary[Sharing, Pool] = WeakKeyDictionary()
+
+    # ---------------------------------------------------------------- tensors
+
+    def base_tensors(self) -> dict[str, Tensor]:
+        """The base's tensors by canonical name."""
+        return {name: table[attribute] for name, table, attribute in self._slots}
+
+    def reference(self) -> Tensor:
+        """A tensor of the device and floating type of the base."""
+        tensors = self.base_tensors().values()
+        return next((t for t in tensors if t.is_floating_point()), torch.empty(0))
+
+    def compose(self, state: TaskState) -> dict[str, Tensor]:
+        """Every tensor that runs for a task, by name; differentiable in grad mode."""
+        tensors = self.base_tensors()
+        own = {**self._shared.to_dict(), **state.own.to_dict()}
+        for name, patch in state.patches.items():
+            tensors[name] = patch.compose(name, tensors[name], own)
+        for name in self._pool(state.sharing).adapter_names:
+            tensors[name] = own[name]
+        return tensors
+
+    def writable(self, state: TaskState) -> frozenset[str]:
+        """Names of the buffers that a forward of the task may change in training mode."""
+        owned = self._buffers.intersection(state.own.to_dict())
+        trained = self._buffers & state.sharing.train_shared
+        return owned | trained | self._pool(state.sharing).adapter_buffers
+
+    # ---------------------------------------------------------------- running
+
+    def run(
+        self,
+        states: Mapping[str, TaskState],
+        parts: Mapping[str, Arguments],
+        context: Mapping[str, Any],
+        *,
+        training: bool,
+    ) -> tuple[dict[str, Any], dict[str, Records]]:
+        """A forward of several tasks, each on inputs of its own, heads included.
+
+        Args:
+            states: by name, the tasks.
+            parts: by name, the inputs of the base.
+            context: handed to adapters.
+            training: the mode of the base.
+
+        Returns:
+            By name, the outputs and the records.
+        """
+        single = training and any(count_rows(*part) == 1 for part in parts.values())
+        outputs: dict[str, Any] = {}
+        records: dict[str, Records] = {}
+        with self._statistics_kept_on_error(states.values() if single else ()):
+            for name, state in states.items():
+                call = Call(context=context)
+                features, side = self._features(state, *parts[name], call, training=training)
+                state.build_head(features, self.reference())
+                if state.head is None:
+                    outputs[name] = features
+                else:
+                    read = (features, side) if state.task.taps else (features,)
+                    outputs[name] = state.head(*read)
+                records[name] = call.records
+        return outputs, records
+
+    def dry_run(self, state: TaskState, example: Any) -> None:
+        """Build a task's head from one batch for the base."""
+        like = self.reference()
+
+        def fit(tensor: Tensor) -> Tensor:
+            return tensor.to(like if tensor.is_floating_point() else like.device)
+
+        batch = call_arguments((pytree.tree_map_only(Tensor, fit, example),), {})
+        with torch.no_grad():
+            features, _ = self._features(state, *batch, Call(), training=False)
+        state.build_head(features, like)
+
+    def _features(
+        self,
+        state: TaskState,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        call: Call,
+        *,
+        training: bool,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What a task's head reads, and what it reads from side sites if it does."""
+        tensors = self.compose(state)
+        with self._pool(state.sharing).lease() as structure:
+            structure.set_mode(training, self.writable(state))
+            structure.bind(tensors)
+            output = structure.run(args, kwargs, call)
+            features = select_output(output, self._output)
+            if features is not output and torch.is_grad_enabled():
+                structure.await_backward(features)
+            return features, structure.taps(call.records) if state.task.taps else {}
+
+    def view(self, state: TaskState, *, training: bool) -> View:
+        """A view of a task, bound to differentiable tensors in training mode, else to constants."""
+        if training:
+            tensors = self.compose(state)
+        else:
+            with torch.inference_mode(False), torch.no_grad():
+                buffers = self._buffers | self._pool(state.sharing).adapter_buffers
+                composed = self.compose(state)
+                tensors = {
+                    name: tensor.detach() if name in buffers else _constant(tensor)
+                    for name, tensor in composed.items()
+                }
+        pool = self._pool(state.sharing)
+        return View(pool, tensors, self.writable(state), training=training)
+
+    def sweep(self) -> None:
+        """Let go of tensors that idle structures are still bound to."""
+        for pool in self._pools.values():
+            pool.sweep()
+
+    def _pool(self, sharing: Sharing) -> Pool:
+        pool = self._pool_of_plan.get(sharing)
+        if pool is None:
+            # Plans that insert the same adapters, or none, run the same structures.
+            key = tuple(sharing.adapters.items())
+            pool = self._pools.get(key)
+            if pool is None:
+                pool = self._pools.setdefault(key, Pool(self._base, sharing.adapters))
+            self._pool_of_plan[sharing] = pool
+        return pool
+
+    # ------------------------------------------------------------- statistics
+
+    @contextmanager
+    def _statistics_kept_on_error(self, states: Iterable[TaskState]) -> Iterator[None]:
+        """Take back what earlier layers wrote when a batch norm refuses a group of one row.
+
+        Raises:
+            DataError: in place of the batch norm's own error.
+        """
+        kept: list[tuple[Tensor, Tensor]] = []
+        for state in states:
+            tensors = {**self.base_tensors(), **self._shared.to_dict(), **state.own.to_dict()}
+            kept += [(tensors[n], tensors[n].clone()) for n in self.writable(state)]
+        try:
+            yield
+        except ValueError as error:
+            for tensor, before in kept:
+                tensor.copy_(before)
+            if "more than 1 value per channel" in str(error):
+                raise DataError(
+                    "A group of one row is too small for a batch normalisation that the task "
+                    "trains: it needs more than one value per channel. Use larger batches, drop "
+                    "the last incomplete one, or call model.eval()."
+                ) from error
+            raise
+
+
+def _constant(tensor: Tensor) -> nn.Parameter:
+    # One kind of tensor for all tasks, so that they share a compiled graph.
+    if isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
+        return tensor
+    return nn.Parameter(tensor.detach(), requires_grad=False)

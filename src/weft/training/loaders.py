@@ -1,0 +1,194 @@
+"""Loaders: checked before training, cut into parts, divided between processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from accelerate.data_loader import BatchSamplerShard
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+
+from weft.errors import DataError
+
+from .batches import Loader
+
+
+def check_loader(loader: Loader, task: str, *, exact: bool) -> None:
+    """Refuse data that cannot be read again each epoch.
+
+    Args:
+        loader: the batches.
+        task: the task's name, for errors.
+        exact: whether a second reading with the same seed must give the same batches.
+
+    Raises:
+        DataError: says what is wrong and what to do.
+    """
+    if not isinstance(loader, Iterable):
+        raise DataError(
+            f"The data of '{task}' is batches, for instance a DataLoader; found "
+            f"{type(loader).__name__}."
+        )
+    if isinstance(loader, Iterator):
+        raise DataError(
+            f"The data of '{task}' is an iterator, which can be read only once, but every epoch "
+            "reads it anew. Give a DataLoader, a list of batches, or an object with __iter__."
+        )
+    if _length(loader) == 0:
+        raise DataError(
+            f"The data of '{task}' is empty: the loader gives no batch. Check the data set, and "
+            "drop_last with a batch size larger than the data set."
+        )
+    if exact and isinstance(loader, DataLoader) and loader.persistent_workers:
+        raise DataError(
+            f"The loader of '{task}' keeps its workers, and with them their random numbers, from "
+            "epoch to epoch, so a run could not go on from a checkpoint to the same result. Make "
+            "it with persistent_workers=False."
+        )
+
+
+def steps_in(loader: Loader, task: str) -> int:
+    """How many batches a loader gives.
+
+    Args:
+        loader: the batches.
+        task: the task's name, for errors.
+
+    Returns:
+        The number.
+
+    Raises:
+        DataError: it cannot say.
+    """
+    steps = _length(loader)
+    if steps is None:
+        raise DataError(
+            f"The training data of '{task}' has no length. Say how many steps make an epoch: "
+            "fit(..., steps=100)."
+        )
+    return steps
+
+
+def _length(loader: Loader) -> int | None:
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def slice_loader(loader: Loader, part: tuple[float, float], seed: int, task: str) -> Loader:
+    """The loader over a fixed part of its data set, for phases that train on disjoint parts.
+
+    Args:
+        loader: a `DataLoader` that shuffles or keeps the order.
+        part: ``(from, to)`` in shares of the data set, in an order drawn once by the seed.
+        seed: draws the order.
+        task: the task's name, for errors.
+
+    Returns:
+        A loader that is otherwise the same.
+
+    Raises:
+        DataError: the data cannot be cut, or the part is empty.
+    """
+    if part == (0.0, 1.0):
+        return loader
+    if (
+        not isinstance(loader, DataLoader)
+        or isinstance(loader.dataset, IterableDataset)
+        or loader.batch_size is None
+        or type(loader.sampler) not in (RandomSampler, SequentialSampler)
+    ):
+        raise DataError(
+            f"The plan splits the training data of '{task}', which needs a DataLoader over a "
+            "map-style data set, with a batch size and without a sampler of its own."
+        )
+    dataset = loader.dataset
+    count = len(dataset)  # type: ignore[arg-type]
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen = order[int(part[0] * count) : int(part[1] * count)]
+    if not chosen or (loader.drop_last and len(chosen) < loader.batch_size):
+        raise DataError(
+            f"The plan trains '{task}' on the part {part[0]}..{part[1]} of its {count} samples, "
+            "which is not even one batch. Give more data or smaller batches."
+        )
+    return DataLoader(
+        Subset(dataset, chosen),
+        batch_size=loader.batch_size,
+        shuffle=isinstance(loader.sampler, RandomSampler),
+        drop_last=loader.drop_last,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        prefetch_factor=loader.prefetch_factor,
+        generator=loader.generator,
+    )
+
+
+def share_of_process(loader: Loader, index: int, count: int, task: str) -> Loader:
+    """The loader of one process of several: its share of the rows of every batch.
+
+    Args:
+        loader: a `DataLoader` over a map-style data set.
+        index: of the process.
+        count: of processes.
+        task: the task's name, for errors.
+
+    Returns:
+        A loader with as many batches.
+
+    Raises:
+        DataError: the data cannot be divided.
+    """
+    if count == 1:
+        return loader
+    if (
+        not isinstance(loader, DataLoader)
+        or isinstance(loader.dataset, IterableDataset)
+        or loader.batch_size is None
+        or loader.batch_size % count
+    ):
+        found = type(loader).__name__
+        if isinstance(loader, DataLoader):
+            found += f" with batch_size={loader.batch_size}"
+        raise DataError(
+            f"{count} processes divide every batch of '{task}' between them: give a DataLoader "
+            f"over a map-style data set whose batch size is a multiple of {count}, found {found}."
+        )
+    return DataLoader(
+        loader.dataset,
+        batch_sampler=BatchSamplerShard(loader.batch_sampler, count, index, split_batches=True),
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        prefetch_factor=loader.prefetch_factor,
+        generator=loader.generator,
+    )
+
+
+def reseed(loader: Loader, seed: int) -> None:
+    """Seed the generators that a loader has of its own."""
+    if not isinstance(loader, DataLoader):
+        return
+    batches = loader.batch_sampler
+    samplers: list[object] = [loader.sampler]
+    samplers += [batches.sampler] if isinstance(batches, BatchSampler) else []
+    owners = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+    for generator in (loader.generator, *(s.generator for s in samplers if isinstance(s, owners))):
+        if isinstance(generator, torch.Generator):
+            generator.manual_seed(seed)

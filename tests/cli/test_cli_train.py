@@ -1,0 +1,180 @@
+"""The main job by the command line: train, evaluate, look, fold, report, go on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import weft
+from weft.bases import load_base
+from weft.config import read
+from weft.experiment import train as train_experiment
+
+
+def test_train_stores_tasks_and_reports_scores(experiment: Path, weft_command) -> None:
+    code, out, _ = weft_command("train", experiment, "--json")
+    assert code == 0
+    results = json.loads(out)
+    assert set(results) == {"bright", "red"}
+    assert results["red"]["metrics"]["test"]["accuracy"] >= 0.5
+    run = experiment.parent / "run"
+    assert set(weft.Bank(run / "bank").tasks()) == {"bright", "red"}
+    assert "<svg" in (run / "report.html").read_text()
+    rows = [json.loads(line) for line in (run / "history" / "red.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [0, 1, 2]
+    assert json.loads((run / "results.json").read_text()) == results
+
+
+def test_eval_repeats_the_scores_of_training(experiment: Path, weft_command) -> None:
+    _, out, _ = weft_command("train", experiment, "--json")
+    trained = json.loads(out)
+    code, out, _ = weft_command("eval", experiment, "--split", "test", "--json")
+    assert code == 0
+    scores = json.loads(out)
+    for name in trained:
+        assert scores[name] == pytest.approx(trained[name]["metrics"]["test"])
+
+
+def test_a_second_run_trains_nothing_and_gives_the_same(experiment: Path, weft_command) -> None:
+    _, first, _ = weft_command("train", experiment, "--json")
+    bundles = experiment.parent / "run" / "bank" / "tasks"
+    before = {p: p.stat().st_mtime_ns for p in bundles.rglob("*") if p.is_file()}
+    code, second, _ = weft_command("train", experiment, "--json")
+    assert code == 0
+    assert json.loads(second) == json.loads(first)
+    assert before == {p: p.stat().st_mtime_ns for p in bundles.rglob("*") if p.is_file()}
+
+
+def test_an_interrupted_run_goes_on_to_the_same_result(
+    experiment: Path, weft_command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, out, _ = weft_command(
+        "train", experiment, "--json", "--set", "output=" + str(experiment.parent / "whole")
+    )
+    whole = json.loads(out)
+
+    from weft.training import run as running
+
+    original, calls = running.Run.one_epoch, []
+
+    def interrupted(self, *arguments):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return original(self, *arguments)
+
+    monkeypatch.setattr(running.Run, "one_epoch", interrupted)
+    code, _, err = weft_command("train", experiment, "--json")
+    assert code == 130
+    assert "again to go on" in err
+    assert weft.Bank(experiment.parent / "run" / "bank").tasks() == ("bright",)
+    monkeypatch.setattr(running.Run, "one_epoch", original)
+    code, out, _ = weft_command("train", experiment, "--json")
+    assert code == 0
+    for name, row in json.loads(out).items():
+        assert row["metrics"] == whole[name]["metrics"]
+
+
+def test_dry_run_lists_tensors_and_refusals_and_trains_nothing(
+    experiment: Path, weft_command
+) -> None:
+    code, out, _ = weft_command("train", experiment, "--dry-run", "--json")
+    assert code == 0
+    planned = json.loads(out)
+    assert [p["name"] for p in planned] == ["bright", "red"]
+    assert planned[0]["own"]["0.weight"] == 8 * 3 * 9
+    assert planned[0]["ledger"]["own_parameters"] == 8 * 3 * 9 + 8 * 8 * 9 + 4 * 8
+    assert not (experiment.parent / "run").exists()
+
+    code, out, _ = weft_command("train", experiment, "--dry-run")
+    assert "0.weight" in out
+    assert "at most" in out
+
+    code, out, _ = weft_command("train", experiment, "--dry-run", "--set", "method=depthwise_patch")
+    assert code == 2
+    assert "depthwise convolutions" in out
+
+
+def test_overrides_reach_training(experiment: Path, weft_command) -> None:
+    code, out, _ = weft_command(
+        "train", experiment, "--json", "--set", "method=linear_probe", "--set", "train.epochs=1"
+    )
+    assert code == 0
+    assert {row["own_parameters"] for row in json.loads(out).values()} == {0}
+
+
+def test_a_plan_that_trains_shared_tensors_trains_its_tasks_together(
+    experiment: Path, weft_command
+) -> None:
+    code, out, _ = weft_command("train", experiment, "--json", "--set", "method=hard_sharing")
+    assert code == 0
+    assert set(json.loads(out)) == {"bright", "red"}
+    assert (experiment.parent / "run" / "history" / "bright+red.jsonl").exists()
+
+
+def test_fold_writes_a_state_dict_that_the_plain_base_loads(
+    experiment: Path, weft_command, tmp_path: Path
+) -> None:
+    weft_command("train", experiment, "--json")
+    target = tmp_path / "red.safetensors"
+    code, _, _ = weft_command("fold", experiment, "red", "-o", target)
+    assert code == 0
+    tensors = load_file(target)
+    base, _ = load_base(read(experiment).base.name)
+    model = weft.Bank(experiment.parent / "run" / "bank").load(base).eval()
+    plain = load_base(read(experiment).base.name)[0]
+    plain.load_state_dict({n[5:]: t for n, t in tensors.items() if n.startswith("base.")})
+    x = torch.randn(2, 3, 8, 8)
+    features = plain.eval()(x)
+    logits = features @ tensors["head.linear.weight"].T + tensors["head.linear.bias"]
+    torch.testing.assert_close(logits, model(x, task="red"))
+
+
+def test_bank_verbs(experiment: Path, weft_command) -> None:
+    weft_command("train", experiment, "--json")
+    bank = experiment.parent / "run" / "bank"
+    code, out, _ = weft_command("bank", "list", bank, "--json")
+    assert code == 0
+    assert set(json.loads(out)) == {"bright", "red"}
+    code, out, _ = weft_command("bank", "show", bank, "red")
+    assert json.loads(out)["plan"]["method"] == "taps"
+    assert weft_command("bank", "verify", bank)[0] == 0
+    own = next((bank / "tasks" / "red").glob("**/own.safetensors"))
+    own.write_bytes(own.read_bytes()[:-4] + b"\x00\x01\x02\x03")
+    code, out, _ = weft_command("bank", "verify", bank)
+    assert code == 1
+    assert "red" in out
+    assert weft_command("bank", "remove", bank, "bright")[0] == 0
+    assert weft.Bank(bank).tasks() == ("red",)
+
+
+def test_report_verb_writes_page_and_figures(
+    experiment: Path, weft_command, tmp_path: Path
+) -> None:
+    weft_command("train", experiment, "--json")
+    bank = experiment.parent / "run" / "bank"
+    page, figures = tmp_path / "page.html", tmp_path / "figures"
+    assert weft_command("report", bank, "-o", page, "--figures", figures)[0] == 0
+    assert "bright" in page.read_text()
+    assert list(figures.glob("*.svg"))
+    assert list(figures.glob("*.png"))
+
+
+def test_train_from_python_equals_the_command(experiment: Path, weft_command) -> None:
+    _, out, _ = weft_command("train", experiment, "--json")
+    other = read(experiment, [f"output={experiment.parent / 'other'}"])
+    results = train_experiment(other, progress=False)
+    for name, row in json.loads(out).items():
+        assert results[name]["metrics"] == row["metrics"]
+
+
+def test_doctor_and_methods(weft_command) -> None:
+    code, out, _ = weft_command("doctor", "--json")
+    assert code == 0
+    assert json.loads(out)["self-check"].startswith("ok")
+    code, out, _ = weft_command("methods", "--json")
+    assert {row["name"] for row in json.loads(out)} == set(weft.METHODS)
