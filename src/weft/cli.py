@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,17 +48,12 @@ out = Console()
 
 
 def main() -> None:
-    """Run a verb; errors of weft are one message, and ctrl-C says how to go on."""
+    """Run a verb; errors of weft are one message."""
     try:
         app(standalone_mode=True)
     except WeftError as error:
         Console(stderr=True).print(f"[red]error:[/red] {_plain(str(error))}", highlight=False)
         sys.exit(2)
-    except KeyboardInterrupt:
-        Console(stderr=True).print(
-            "Interrupted. Finished tasks are stored; run the same command again to go on."
-        )
-        sys.exit(130)
 
 
 @app.command()
@@ -88,7 +82,12 @@ def train_command(
     if dry:
         _show_plan(dry_run(experiment), as_json)
         return
-    results = train(experiment, progress=not as_json)
+    try:
+        results = train(experiment, progress=not as_json)
+    except KeyboardInterrupt:
+        again = "Interrupted. Finished tasks are stored; run the same command again to go on."
+        Console(stderr=True).print(again)
+        raise typer.Exit(130) from None
     if as_json:
         _print_json(results)
         return
@@ -152,7 +151,7 @@ def report(
     ] = None,
 ) -> None:
     """Write the report of a bank: what each task owns, shares and costs."""
-    page = write_report(_open(bank), output, figures=figures)
+    page = write_report(Bank(bank, create=False), output, figures=figures)
     out.print(f"Wrote {_plain(str(page))}.")
 
 
@@ -200,7 +199,7 @@ def doctor(as_json: AsJson = False) -> None:
 @bank_app.command("list")
 def bank_list(bank: BankPath, as_json: AsJson = False) -> None:
     """List the tasks with what they own."""
-    opened = _open(bank)
+    opened = Bank(bank, create=False)
     rows = {name: _line(opened.info(name)) for name in opened.tasks()}
     if as_json:
         _print_json(rows)
@@ -221,21 +220,19 @@ def bank_list(bank: BankPath, as_json: AsJson = False) -> None:
 @bank_app.command("show")
 def bank_show(bank: BankPath, task: Annotated[str, typer.Argument(help="The task.")]) -> None:
     """Print everything that is stored about a task, as JSON."""
-    _print_json(_open(bank).info(task))
+    _print_json(Bank(bank, create=False).info(task))
 
 
 @bank_app.command("verify")
 def bank_verify(bank: BankPath, as_json: AsJson = False) -> None:
     """Check every file against its hash; exit with 1 if anything is wrong."""
-    opened = _open(bank)
+    opened = Bank(bank, create=False)
     problems = opened.verify()
     if as_json:
-        _print_json({"tasks": len(opened), "problems": problems})
+        _print_json({"tasks": len(opened), "problems": [str(p) for p in problems]})
     else:
-        for name, found in problems.items():
-            for problem in found:
-                what = f"{name}: {problem}" if name else problem
-                out.print(f"[red]damaged:[/red] {_plain(what)}", highlight=False)
+        for problem in problems:
+            out.print(f"[red]damaged:[/red] {_plain(str(problem))}", highlight=False)
         if not problems:
             out.print(f"{len(opened)} tasks, all files as they were written.")
     if problems:
@@ -245,15 +242,8 @@ def bank_verify(bank: BankPath, as_json: AsJson = False) -> None:
 @bank_app.command("remove")
 def bank_remove(bank: BankPath, task: Annotated[str, typer.Argument(help="The task.")]) -> None:
     """Remove a task from the bank."""
-    _open(bank).remove(task)
+    Bank(bank, create=False).remove(task)
     out.print(f"Removed {_plain(task)}.")
-
-
-def _open(path: Path) -> Bank:
-    """A bank that is there already."""
-    bank = Bank(path)
-    bank.base()
-    return bank
 
 
 def _line(info: Any) -> dict[str, Any]:
@@ -289,7 +279,9 @@ def _show_plan(planned: list[PlannedTask], as_json: bool) -> None:
         _print_json(
             [
                 {
-                    **{k: v for k, v in asdict(p).items() if k not in ("ledger", "own", "refused")},
+                    "name": p.name,
+                    "method": p.method,
+                    "problem": p.problem,
                     "own": dict(p.own),
                     "refused": dict(p.refused),
                     "ledger": None if p.ledger is None else p.ledger.to_dict(),

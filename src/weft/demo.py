@@ -35,7 +35,7 @@ METHODS: dict[str, Callable[[nn.Module], Sharing]] = {
     "linear_probe": linear_probe,
     "bias_only": bias_only,
     "scale_bias": scale_bias,
-    "taps": lambda base: taps(base, penalty=0.3, warmup=2),
+    "taps": lambda base: taps(base, penalty=0.6, warmup=2),
     "full_finetune": full_finetune,
 }
 LEARNING_RATES = {"linear_probe": 0.1, "bias_only": 0.1, "scale_bias": 0.1}

@@ -162,7 +162,7 @@ def evaluate_stored(
             raise ConfigError(f"The configuration has no task '{name}'.{hint}")
     bank = Bank(Folder(Path(experiment.output)).bank)
     model = bank.load(base, *chosen, output=experiment.base.output)
-    scores = {}
+    scores: dict[str, dict[str, float]] = {}
     for name in chosen:
         splits = make_loaders(experiment, read_task(experiment, name), stated)
         if split not in splits:

@@ -44,6 +44,9 @@ def bank_reports(bank: Bank) -> list[TaskReport]:
     reports = []
     for name in bank.tasks():
         info = bank.info(name)
-        method, facts = info["plan"]["method"], info["facts"]
-        reports.append(task_report(name, method, bank.ledger(name), facts, base_bytes=size))
+        shared = info["shared"]["bytes"] if info["shared"] else 0
+        method, ledger, facts = info["plan"]["method"], bank.ledger(name), info["facts"]
+        reports.append(
+            task_report(name, method, ledger, facts, base_bytes=size, shared_bytes=shared)
+        )
     return reports

@@ -93,7 +93,7 @@ class _CrossEntropy:
     smoothing: float = 0.0
 
     def __call__(self, logits: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy(logits, target, label_smoothing=self.smoothing)
+        return F.cross_entropy(logits, target.long(), label_smoothing=self.smoothing)
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,13 @@ class _CheckClasses:
                 f"Class labels are integers 0..{self.classes - 1}, found {target.dtype}. "
                 "Convert them with .long()."
             )
+        if len(target) != len(logits):
+            raise DataError(f"Found {len(target)} labels for {len(logits)} rows.")
+        if target.dim() != logits.dim() - 1:
+            raise DataError(
+                f"Expected one class label per row or pixel, {logits.dim() - 1} axes; found "
+                f"targets of shape {tuple(target.shape)}. Use indices, not one-hot vectors."
+            )
         valid = target if self.ignore is None else target[target != self.ignore]
         if valid.numel() and (valid.min() < 0 or valid.max() >= self.classes):
             found = f"{int(valid.min())}..{int(valid.max())}"
@@ -114,8 +121,6 @@ class _CheckClasses:
                 f"Labels are outside the classes: found {found}, expected 0..{self.classes - 1}. "
                 "Correct the labels or the number of classes."
             )
-        if len(target) != len(logits):
-            raise DataError(f"Found {len(target)} labels for {len(logits)} rows.")
 
 
 def Classification(
@@ -153,11 +158,13 @@ class _BinaryMetric(torchmetrics.Metric):
 
     higher_is_better = True
     full_state_update = False
+    right: Tensor
+    count: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("right", torch.tensor(0.0), dist_reduce_fx="sum")
-        self.add_state("count", torch.tensor(0.0), dist_reduce_fx="sum")
+        self.add_state("right", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, logits: Tensor, target: Tensor) -> None:
         self.right += ((logits > 0) == (target > 0.5)).sum()
@@ -202,7 +209,7 @@ def Binary(labels: int | Sequence[str] = 1) -> Task:
     names, count = _class_names(labels, at_least=1)
     metrics: dict[str, torchmetrics.Metric] = {"accuracy": _BinaryMetric()}
     if count == 1:
-        metrics["auc"] = _IntegerTargets(torchmetrics.classification.BinaryAUROC())
+        metrics["auc"] = _AreaUnderCurve()
     return Task(
         head=_MakePooledLinear(count, squeeze=count == 1),
         loss=_BinaryLoss(),
@@ -213,24 +220,14 @@ def Binary(labels: int | Sequence[str] = 1) -> Task:
     )
 
 
-class _IntegerTargets(torchmetrics.wrappers.abstract.WrapperMetric):
-    """A metric that takes its targets as integers."""
+class _AreaUnderCurve(torchmetrics.classification.BinaryAUROC):
+    """The area under the ROC curve of logits against 0/1 targets."""
 
-    higher_is_better = True
-
-    def __init__(self, metric: torchmetrics.Metric) -> None:
-        super().__init__()
-        self.metric = metric
-
-    def update(self, output: Tensor, target: Tensor) -> None:
-        self.metric.update(output, target.long())
-
-    def compute(self) -> Any:
-        return self.metric.compute()
-
-    def reset(self) -> None:
-        self.metric.reset()
-        super().reset()
+    def update(self, logits: Tensor, target: Tensor) -> None:
+        # torchmetrics guesses for each batch whether it holds probabilities; logits that all lie
+        # in [0, 1] would be mixed with the probabilities of other batches. Only their order
+        # matters, and this map into (0, 1) keeps it where a sigmoid would round to one.
+        super().update(0.5 + 0.5 * F.softsign(logits.float()), target.long())
 
 
 # ---------------------------------------------------------------------------- regression
@@ -270,11 +267,11 @@ def Regression(targets: int = 1, *, loss: Literal["mse", "l1"] = "mse") -> Task:
     """
     if loss not in ("mse", "l1"):
         raise ConfigError(f"Regression(loss=...) is 'mse' or 'l1', found {loss!r}.")
-    mse = torchmetrics.MeanSquaredError(num_outputs=targets) if targets == 1 else None
-    squared = mse or torchmetrics.MeanSquaredError()
-    absolute = torchmetrics.MeanAbsoluteError()
-    metrics = {"mse": squared, "mae": absolute}
-    if loss == "l1":
+    metrics: dict[str, torchmetrics.Metric] = {
+        "mse": torchmetrics.MeanSquaredError(),
+        "mae": torchmetrics.MeanAbsoluteError(),
+    }
+    if loss == "l1":  # the first metric chooses the best epoch
         metrics = dict(reversed(metrics.items()))
     return Task(
         head=_MakePooledLinear(targets, squeeze=targets == 1),
@@ -301,6 +298,7 @@ class _SegmentationLoss:
 
     def __call__(self, logits: Tensor, target: Tensor) -> Tensor:
         # A batch without a single labelled pixel has no loss, not a NaN.
+        target = target.long()
         kept = (target != self.ignore).sum().clamp(min=1)
         resized = _at_labels(logits, target)
         return F.cross_entropy(resized, target, ignore_index=self.ignore, reduction="sum") / kept
@@ -315,6 +313,7 @@ class _MeanIoU(torchmetrics.Metric):
 
     higher_is_better = True
     full_state_update = False
+    confusion: Tensor
 
     def __init__(self, classes: int, ignore: int) -> None:
         super().__init__()
@@ -325,7 +324,7 @@ class _MeanIoU(torchmetrics.Metric):
     def update(self, logits: Tensor, target: Tensor) -> None:
         predicted = _at_labels(logits, target).argmax(1)
         valid = target != self.ignore
-        pairs = target[valid] * self.classes + predicted[valid]
+        pairs = target[valid].long() * self.classes + predicted[valid]
         counts = torch.bincount(pairs, minlength=self.classes**2)
         self.confusion += counts.reshape(self.classes, self.classes)
 

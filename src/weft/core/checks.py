@@ -11,13 +11,15 @@ from .sites import canonical_names, check_names, named_tensors
 from .structure import SLOT
 
 
-def check_plan(base: nn.Module, sharing: Sharing, trained: frozenset[str]) -> None:
+def check_plan(
+    base: nn.Module, sharing: Sharing, trained: frozenset[str] = frozenset()
+) -> None:
     """Refuse a plan that does not fit.
 
     Args:
         base: the base.
         sharing: the plan.
-        trained: names of the shared tensors that train in the model.
+        trained: names of base tensors that train in the model by another plan.
 
     Raises:
         PlanError: says which name is unknown, tied, taken or trained.
@@ -34,10 +36,10 @@ def check_plan(base: nn.Module, sharing: Sharing, trained: frozenset[str]) -> No
         if canonical[name] != name:
             raise PlanError(f"'{name}' is tied to '{canonical[name]}'; use that name in the plan.")
     for name, patch in sharing.patches.items():
-        if patch.needs_frozen_base and name in trained:
+        if patch.needs_frozen_base and name in trained | sharing.train_shared:
             raise PlanError(
                 f"The patch of '{name}' by '{sharing.method}' is only right over a frozen base, "
-                "but the model's plan trains that tensor. Use the residual form."
+                "but that tensor trains for all tasks. Use the residual form."
             )
     for key in sharing.created:
         if key in canonical:

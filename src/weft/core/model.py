@@ -68,7 +68,7 @@ class MultiTaskModel(nn.Module):
         self, base: nn.Module, sharing: Sharing, *, example: Any = None, output: Output = None
     ) -> None:
         super().__init__()
-        check_plan(base, sharing, sharing.train_shared)
+        check_plan(base, sharing)
         self.sharing = sharing
         self.base = private_copy(base, sharing.train_shared)
         self.shared = TensorTable()

@@ -79,7 +79,7 @@ class GatedTuned(_Gated):
 
     def compose(self, name: str, base: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         tuned, score = tensors[f"{name}:tuned"], tensors[self.score]
-        chosen: Tensor = _ChooseTuned.apply(base, tuned, score, self.threshold)
+        chosen: Tensor = _ChooseTuned.apply(base, tuned, score, self.threshold)  # type: ignore[no-untyped-call]
         return chosen
 
     def effective(self, name: str, base: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:  # noqa: ARG002
@@ -99,7 +99,7 @@ class GatedResidual(_Gated):
 
     def compose(self, name: str, base: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         residual, score = tensors[f"{name}:residual"], tensors[self.score]
-        summed: Tensor = _AddResidual.apply(base, residual, score, self.threshold)
+        summed: Tensor = _AddResidual.apply(base, residual, score, self.threshold)  # type: ignore[no-untyped-call]
         return summed
 
     def effective(self, name: str, base: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -114,7 +114,7 @@ class _ChooseTuned(torch.autograd.Function):
         return (tuned if ctx.open else base).view_as(base)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         base, tuned = ctx.saved_tensors
         _, needs_tuned, needs_score, _ = ctx.needs_input_grad
         # A closed gate gives zeros, not None: momentum then runs out instead of being frozen.
@@ -132,7 +132,7 @@ class _AddResidual(torch.autograd.Function):
         return base + residual if ctx.open else base.view_as(base)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (residual,) = ctx.saved_tensors
         needs_base, needs_residual, needs_score, _ = ctx.needs_input_grad
         own = (grad if ctx.open else torch.zeros_like(grad)) if needs_residual else None

@@ -94,8 +94,9 @@ def fit(
         precision: mixed precision of Accelerate; validation runs in full precision.
         subset: allow fitting only some tasks of a plan that trains shared tensors, which changes
             the others.
-        checkpoint: folder, the same for all processes; a checkpoint is written after each epoch,
-            and a run that finds one of its own goes on from it to the same result.
+        checkpoint: folder, the same for all processes; a checkpoint is written at the start and
+            after each epoch, and a run that finds one of its own goes on from it to the same
+            result, whatever state the model is in.
         log: file for the history as JSON lines, rewritten after each epoch.
         trackers: names of Accelerate's trackers, for instance "tensorboard".
         callbacks: called with an `Epoch` after each epoch, in every process.
@@ -157,19 +158,24 @@ def fit(
             run = Run(model, train, validation, length, settings, optimizer, accelerator)
             if resumed is not None:
                 run.resume(resumed)
+
+            def write_down() -> None:
+                if accelerator.is_main_process and folder is not None:
+                    checkpoints.save(folder, {"config": config, **run.state()})
+                if accelerator.is_main_process and file is not None:
+                    run.history.write(file)
+
             shown = progress and accelerator.is_main_process
             with (
                 tracked(accelerator, trackers, config),
                 Display(shown, epochs, length) as display,
                 run.back_to_last_epoch_on_error(),
             ):
+                write_down()
                 while not run.finished:
                     rows = run.one_epoch(display, callbacks)
                     accelerator.log(flat(rows), step=run.epoch - 1)
-                    if accelerator.is_main_process and folder is not None:
-                        checkpoints.save(folder, {"config": config, **run.state()})
-                    if accelerator.is_main_process and file is not None:
-                        run.history.write(file)
+                    write_down()
                 run.end()
         for task in tasks:
             model.harden(task)
