@@ -1,4 +1,4 @@
-"""What every test needs: reproducible random numbers, and vision libraries on any build of torch."""
+"""What every test needs: reproducible random numbers, vision libraries on any build of torch."""
 
 from __future__ import annotations
 

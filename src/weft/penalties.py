@@ -35,5 +35,5 @@ class L1Scores(Penalty):
         # A hardened task has no scores left and pays nothing.
         scores = [t[key] for t in own.values() for key in self.scores if key in t]
         if not scores:
-            return next(iter(shared.values())).new_zeros(())
+            return next(iter(shared.values()), torch.zeros(())).new_zeros((), dtype=torch.float32)
         return self.weight / self.norm * torch.stack(scores).abs().sum()

@@ -38,7 +38,7 @@ def vectors(rows: int = 4) -> Tensor:
     return torch.randn(rows, 4)
 
 
-def squared(output: Tensor, target: Any) -> Tensor:
+def squared(output: Tensor, _: Any) -> Tensor:
     """A loss that needs no target."""
     return output.square().sum()
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from core.small import NO_HEAD, mlp, model_of, same, snapshot, squared, vectors
 from torch import Tensor, nn
 
 import weft
+from core.small import NO_HEAD, mlp, model_of, same, snapshot, squared, vectors
 from weft.core.adapter import Adapter, Call, InlineAdapter, Insertion, Records, SideAdapter
 from weft.core.sharing import Penalty
 from weft.core.structure import Structure
@@ -71,16 +71,16 @@ class Skip(InlineAdapter):
     def shared_names(self) -> frozenset[str]:
         return frozenset()
 
-    def forward(self, call: Call, site: str, inner: Callable[..., Any], *args: Any) -> Any:
+    def forward(self, _call: Call, _site: str, inner: Callable[..., Any], *args: Any) -> Any:
         return inner(*args) if bool(self.switch) else args[0]
 
-    def fold(self, site: nn.Module) -> nn.Module:
+    def fold(self, _: nn.Module) -> nn.Module:
         raise PlanError("A switch has no plain form here.")
 
 
 @dataclass(frozen=True)
 class Skipping(Insertion):
-    def build(self, site: nn.Module) -> Adapter:
+    def build(self, _: nn.Module) -> Adapter:
         return Skip()
 
 
@@ -101,7 +101,7 @@ class Tap(SideAdapter):
     def tap(self, feature: Tensor) -> Tensor:
         return feature * self.weight
 
-    def fold(self, site: nn.Module) -> nn.Module:
+    def fold(self, _: nn.Module) -> nn.Module:
         raise PlanError("A side tap has no plain form: the base's class has no place for it.")
 
 
@@ -121,14 +121,14 @@ class Sizes(Penalty):
     def __call__(
         self,
         records: Mapping[str, Records],
-        own: Mapping[str, Mapping[str, Tensor]],
-        shared: Mapping[str, Tensor],
+        _own: Mapping[str, Mapping[str, Tensor]],
+        _shared: Mapping[str, Tensor],
     ) -> Tensor:
         sizes = [s["size"] for r in records.values() for s in r.values()]
         return self.weight * torch.stack(sizes).mean().square()
 
 
-def scaled(base: nn.Module, *sites: str, noise: float = 0.5) -> weft.Sharing:
+def scaled(*sites: str, noise: float = 0.5) -> weft.Sharing:
     adapters = {s: Scaling(noise) for s in sites or ("0", "3")}
     return weft.Sharing("scaled", adapters=adapters, penalties=(Sizes(0.1),))
 
@@ -138,7 +138,7 @@ def scaled(base: nn.Module, *sites: str, noise: float = 0.5) -> weft.Sharing:
 
 def test_an_inline_adapter_computes_with_each_tasks_tensors() -> None:
     base = mlp().eval()
-    model = model_of(base, scaled(base, "3")).eval()
+    model = model_of(base, scaled("3")).eval()
     x = vectors()
     for task in "ab":
         gain = model.tasks[task].own["3:gain"]
@@ -152,7 +152,7 @@ def test_an_inline_adapter_computes_with_each_tasks_tensors() -> None:
 
 def test_own_and_shared_tensors_of_adapters_are_where_they_belong() -> None:
     base = mlp()
-    model = model_of(base, scaled(base))
+    model = model_of(base, scaled())
     own = {"0:gain", "0:calls", "3:gain", "3:calls"}
     assert set(model.tasks["a"].own) == own
     assert set(model.trainable("a")) == {"0:gain", "3:gain"}
@@ -168,7 +168,7 @@ def test_own_and_shared_tensors_of_adapters_are_where_they_belong() -> None:
 
 def test_buffers_of_adapters_belong_to_the_task() -> None:
     base = mlp()
-    model = model_of(base, scaled(base)).train()
+    model = model_of(base, scaled()).train()
     for _ in range(3):
         model(vectors(), task="a").sum().backward()
     assert int(model.tasks["a"].own["0:calls"]) == 3
@@ -177,7 +177,7 @@ def test_buffers_of_adapters_belong_to_the_task() -> None:
 
 def test_records_are_fresh_for_each_call_and_seen_by_later_sites() -> None:
     base = mlp()
-    model = model_of(base, scaled(base))
+    model = model_of(base, scaled())
     for _ in range(2):
         step = model.step({"a": vectors(), "b": vectors()})
         for task in "ab":
@@ -191,7 +191,7 @@ def test_records_are_fresh_for_each_call_and_seen_by_later_sites() -> None:
 
 def test_context_reaches_the_adapters() -> None:
     base = mlp().eval()
-    model = model_of(base, scaled(base, "3", noise=0.0)).eval()
+    model = model_of(base, scaled("3", noise=0.0)).eval()
     x = vectors()
     expected = base(x) + 2.0
     context = {"shift": 2.0}
@@ -203,7 +203,7 @@ def test_context_reaches_the_adapters() -> None:
 
 def test_penalties_read_records_and_pool_over_tasks() -> None:
     base = mlp()
-    model = model_of(base, scaled(base))
+    model = model_of(base, scaled())
     step = model.step({"a": vectors(), "b": vectors()})
     sizes = [s["size"] for r in step.records.values() for s in r.values()]
     assert len(sizes) == 4
@@ -217,7 +217,7 @@ def test_penalties_read_records_and_pool_over_tasks() -> None:
 
 def test_folding_an_inline_adapter_gives_a_plain_network() -> None:
     base = mlp().eval()
-    model = model_of(base, scaled(base)).eval()
+    model = model_of(base, scaled()).eval()
     x = vectors()
     for task in "ab":
         folded = model.fold(task)
@@ -242,7 +242,7 @@ def test_folding_a_site_used_twice_and_sites_inside_sites() -> None:
 
 def test_adapters_go_through_copies_and_structures_without_random_numbers() -> None:
     base = mlp()
-    model = model_of(base, scaled(base)).eval()
+    model = model_of(base, scaled()).eval()
     x = vectors()
     expected = model(x, task="a")
     for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -272,7 +272,7 @@ def test_an_adapter_compiles_into_one_graph_for_two_tasks() -> None:
 
     torch._dynamo.reset()
     base = mlp()
-    model = model_of(base, scaled(base)).eval()
+    model = model_of(base, scaled()).eval()
     counter = CompileCounterWithBackend("eager")
     x = vectors()
     with torch.no_grad():
@@ -361,7 +361,7 @@ class Attention(nn.Module):
 @pytest.mark.parametrize("training", [True, False])
 def test_a_site_whose_parent_never_calls_it_is_refused_by_name(training: bool) -> None:
     base = Attention()
-    model = model_of(base, scaled(base, "attention.out_proj")).train(training)
+    model = model_of(base, scaled("attention.out_proj")).train(training)
     x = torch.randn(2, 3, 4)
     for run in (lambda: model(x, task="a"), lambda: model.view("a")(x)):
         with pytest.raises(PlanError, match=r"'attention.out_proj' has no effect.*patch its tens"):
@@ -370,7 +370,7 @@ def test_a_site_whose_parent_never_calls_it_is_refused_by_name(training: bool) -
 
 def test_fused_paths_do_not_bypass_an_adapter() -> None:
     base = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True).eval()
-    model = model_of(base, scaled(base, "linear2", noise=0.5)).eval()
+    model = model_of(base, scaled("linear2", noise=0.5)).eval()
     x = torch.randn(2, 3, 4)
     with torch.no_grad():  # where PyTorch would fuse the layer
         assert not torch.allclose(model(x, task="a"), base(x), atol=1e-3)
@@ -387,7 +387,7 @@ def test_a_site_that_a_forward_has_no_use_for_is_no_error() -> None:
             return (self.used if which else self.idle)(x)
 
     base = Branches()
-    model = model_of(base, scaled(base, "used", "idle"))
+    model = model_of(base, scaled("used", "idle"))
     x = vectors()
     assert model(x, task="a").shape == model(x, task="a", which=False).shape
 
@@ -411,7 +411,7 @@ def test_attributes_of_the_site_are_seen_through_the_adapter() -> None:
             return self.linear(x.to(self.linear.weight.dtype))
 
     base = Nosy()
-    assert model_of(base, scaled(base, "linear"))(vectors(), task="a").shape == (4, 5)
+    assert model_of(base, scaled("linear"))(vectors(), task="a").shape == (4, 5)
 
 
 def test_training_with_adapters_leaves_the_others_alone() -> None:

@@ -10,10 +10,10 @@ import weakref
 
 import pytest
 import torch
-from core.small import conv_net, images, mlp, model_of, vectors
 from torch import Tensor, nn
 
 import weft
+from core.small import conv_net, images, mlp, model_of, vectors
 from weft.core.structure import Structure
 from weft.errors import LeaseError, PlanError
 
@@ -53,7 +53,7 @@ def test_binding_is_refused_during_a_forward() -> None:
     assert ENTERED.wait(10)
     with pytest.raises(LeaseError, match="a forward is running or a backward has not run yet"):
         view.bind(other)
-    with pytest.raises(LeaseError, match="running in another thread. Use one view per thread"):
+    with pytest.raises(LeaseError, match=r"running in another thread. Use one view per thread"):
         view(vectors())
     GO_ON.set()
     thread.join()
@@ -116,7 +116,7 @@ def test_a_pending_backward_in_outputs_of_unknown_classes_is_seen() -> None:
 def test_names_that_are_missing_or_unknown_are_refused() -> None:
     view = model_of(mlp()).view("a")
     tensors = dict(view.named_parameters())
-    with pytest.raises(PlanError, match="4 missing, 6 unknown|6 missing, 6 unknown"):
+    with pytest.raises(PlanError, match=r"4 missing, 6 unknown|6 missing, 6 unknown"):
         view.bind(tensors)
     good = model_of(mlp()).tensors("a")
     with pytest.raises(PlanError, match=r"1 missing, 0 unknown, first '3.bias'"):
@@ -128,7 +128,7 @@ def test_names_that_are_missing_or_unknown_are_refused() -> None:
 def test_a_view_is_never_copied_stored_moved_or_unfrozen() -> None:
     view = model_of(mlp()).view("a")
     for copying in (copy.deepcopy, pickle.dumps):
-        with pytest.raises(LeaseError, match="Take a new one: model.view"):
+        with pytest.raises(LeaseError, match=r"Take a new one: model.view"):
             copying(view)
     for moving in (lambda: view.to(torch.float64), view.half, lambda: view.requires_grad_(True)):
         with pytest.raises(LeaseError, match="owns no tensors"):

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from core.small import NO_HEAD, conv_net, mlp, model_of, vectors
 from torch import Tensor, nn
 
 import weft
+from core.small import NO_HEAD, conv_net, mlp, model_of, vectors
 from weft.core.adapter import Records
 from weft.core.patch import Patch, Replace
 from weft.core.sharing import Created, Group, Penalty, Phase
@@ -28,14 +28,14 @@ class Mixture(Patch):
     def keys(self, name: str) -> tuple[str, ...]:
         return (f"{name}:mix",)
 
-    def init(self, name: str, base: Tensor) -> dict[str, Tensor]:
+    def init(self, name: str, _: Tensor) -> dict[str, Tensor]:
         return {f"{name}:mix": nn.Parameter(torch.full((2,), 0.5))}
 
-    def compose(self, name: str, base: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    def compose(self, name: str, _: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         return torch.einsum("k,k...->...", tensors[f"{name}:mix"], tensors[self.basis])
 
     def harden(
-        self, name: str, base: Tensor, tensors: Mapping[str, Tensor]
+        self, name: str, _: Tensor, tensors: Mapping[str, Tensor]
     ) -> tuple[Patch | None, dict[str, Tensor]]:
         assert self.basis in tensors
         return self, {f"{name}:mix": tensors[f"{name}:mix"]}
@@ -49,9 +49,9 @@ class Spread(Penalty):
 
     def __call__(
         self,
-        records: Mapping[str, Records],
+        _records: Mapping[str, Records],
         own: Mapping[str, Mapping[str, Tensor]],
-        shared: Mapping[str, Tensor],
+        _shared: Mapping[str, Tensor],
     ) -> Tensor:
         return torch.stack([o[self.key] for o in own.values()]).var(0, unbiased=False).sum()
 
@@ -96,7 +96,7 @@ def test_models_copy_created_tensors_and_may_freeze_them() -> None:
 def test_a_created_tensor_may_not_take_the_name_of_another() -> None:
     base = mlp()
     plan = weft.Sharing("clash", created={"0.weight": Created(torch.zeros(2))})
-    with pytest.raises(PlanError, match="creates '0.weight', which is a tensor of the base"):
+    with pytest.raises(PlanError, match=r"creates '0.weight', which is a tensor of the base"):
         model_of(base, plan)
 
 
@@ -181,7 +181,7 @@ def test_tied_tensors_go_by_their_first_name() -> None:
         weft.Sharing("second", patches={"1.weight": Replace()}),
         weft.Sharing("second", train_shared=frozenset({"1.weight"})),
     ):
-        with pytest.raises(PlanError, match="'1.weight' is tied to '0.weight'; use that name"):
+        with pytest.raises(PlanError, match=r"'1.weight' is tied to '0.weight'; use that name"):
             model_of(base, plan)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from core.small import NO_HEAD, conv_net, images, model_of, same, snapshot, vectors
 from torch import Tensor, nn
 
 import weft
+from core.small import NO_HEAD, conv_net, images, model_of, same, snapshot, vectors
 from weft.errors import DataError
 
 
@@ -108,17 +110,19 @@ def small_groups() -> weft.MultiTaskModel:
     return model_of(base, weft.scale_bias(base)).train()
 
 
-@pytest.mark.parametrize("call", ["one task", "mixed batch", "step"])
+CALLS: dict[str, Callable[[weft.MultiTaskModel], object]] = {
+    "one task": lambda model: model(images(1), task="a"),
+    "mixed batch": lambda model: model(images(4), task=["a", "a", "b", "a"]),
+    "step": lambda model: model.step({"a": images(4), "b": images(1)}),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
 def test_a_group_of_one_row_is_refused_before_any_statistics_change(call: str) -> None:
     model = small_groups()
     before = snapshot(model)
     with pytest.raises(DataError, match="group of one row is too small for a batch normal"):
-        if call == "one task":
-            model(images(1), task="a")
-        elif call == "mixed batch":
-            model(images(4), task=["a", "a", "b", "a"])
-        else:
-            model.step({"a": images(4), "b": images(1)})
+        CALLS[call](model)
     assert same(snapshot(model), before)
     model.eval()(images(1), task="a")
     model.train()(images(4), task=["a", "a", "b", "b"])

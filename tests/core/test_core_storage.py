@@ -8,10 +8,10 @@ import pickle
 
 import pytest
 import torch
-from core.small import NO_HEAD, conv_net, images, mlp, model_of, same, snapshot, vectors
 from torch import Tensor, nn
 
 import weft
+from core.small import NO_HEAD, conv_net, images, mlp, model_of, same, snapshot, vectors
 from weft.core.state import escape, unescape
 
 NAMES = ("v1.0", "a~b", "x~0y", "~1.~", "Größe 7", "a-b_c")

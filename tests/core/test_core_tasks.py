@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from core.small import NO_HEAD, conv_net, images, mlp, model_of, squared, vectors
 from torch import Tensor, nn
 
 import weft
+from core.small import NO_HEAD, conv_net, images, mlp, model_of, squared, vectors
 from weft.errors import DataError, PlanError, TaskError
 
 
@@ -120,7 +120,7 @@ def test_a_head_that_is_not_built_says_what_to_give() -> None:
     model = sized()
     model.add_task("a", weft.Classification(3))
     for call in (model.task_parameters, model.head):
-        with pytest.raises(TaskError, match="not built yet.*example=x.*or run one batch first"):
+        with pytest.raises(TaskError, match=r"not built yet.*example=x.*or run one batch first"):
             call("a")
     assert not model.tasks["a"].head_is_built
     model(vectors(), task="a")
@@ -360,7 +360,7 @@ def test_a_function_is_no_plan() -> None:
 
 def test_a_plan_of_another_base_is_refused_with_close_matches() -> None:
     plan = weft.full_finetune(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 5)))
-    with pytest.raises(PlanError, match="'full_finetune' patches '2.weight' is not in the base"):
+    with pytest.raises(PlanError, match=r"'full_finetune' patches '2.weight' is not in the base"):
         weft.MultiTaskModel(nn.Sequential(nn.Linear(4, 6)), replace(plan, patches=renamed(plan)))
 
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from laws.bases import BASES, REAL, TINY, Base
 from torch import Tensor, nn
 
 import weft
+from laws.bases import BASES, REAL, TINY, Base
 from weft.registry import METHODS, Law
 
 # What a method needs of a base, and what its refusal says otherwise. A method that is not here

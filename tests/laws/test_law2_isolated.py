@@ -6,6 +6,8 @@ import copy
 
 import pytest
 import torch
+
+import weft
 from laws.cases import (
     ALL,
     METHODS,
@@ -17,8 +19,6 @@ from laws.cases import (
     snapshot,
     supported,
 )
-
-import weft
 
 
 def train(model: weft.MultiTaskModel, case: Case, task: str, steps: int = 2) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from laws.cases import Case, Law, assert_close, call, cases, features, rows
 from torch import Tensor
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 import weft
+from laws.cases import Case, Law, assert_close, call, cases, features, rows
 from weft.errors import DataError, TaskError
 
 
@@ -87,9 +87,7 @@ def test_a_view_differentiates_like_functional_call(case: Case) -> None:
     base = case.base.make().eval()
     parameters = dict(base.named_parameters())
     x = case.base.inputs(2)
-    tensors = {
-        k: v.detach().requires_grad_(k in parameters) for k, v in model.tensors("a").items()
-    }
+    tensors = {k: v.detach().requires_grad_(k in parameters) for k, v in model.tensors("a").items()}
     wanted = {k: v for k, v in tensors.items() if v.requires_grad}
     args, kwargs = ((), x) if isinstance(x, dict) else ((x,), {})
     outputs = (
@@ -111,7 +109,7 @@ def test_unknown_tasks_are_named(case: Case) -> None:
     model = case.model().eval()
     x = case.base.inputs(2)
     for wrong in ("nobody", ["a", "nobody"]):
-        with pytest.raises(TaskError, match="no task 'nobody'. Tasks: a, b, c"):
+        with pytest.raises(TaskError, match=r"no task 'nobody'. Tasks: a, b, c"):
             model(x, task=wrong)
     with pytest.raises(TaskError, match=r"index 7 is outside 0\.\.2"):
         model(x, task=[0, 7])

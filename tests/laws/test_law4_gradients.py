@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from laws.cases import Case, Law, cases, closed
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from laws.cases import Case, Law, assert_same_bits, cases, snapshot
 from torch import nn
 
 import weft
+from laws.cases import Case, Law, assert_same_bits, cases, snapshot
 from weft.core.sites import canonical_names, statistics_modules
 
 

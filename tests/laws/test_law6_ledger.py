@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 
 import torch
-from laws.cases import Case, Law, cases
 from torch import Tensor, nn
 
 import weft
+from laws.cases import Case, Law, cases
 from weft.core.sites import Kind, named_tensors, sites
 
 

@@ -8,7 +8,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from laws.bases import TINY, Attention, Base, Pooled, Residual
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+import weft
+from laws.bases import TINY, Attention, Base, Residual
 from laws.cases import (
     Case,
     Law,
@@ -20,11 +25,6 @@ from laws.cases import (
     snapshot,
     supported,
 )
-from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils.checkpoint import checkpoint
-
-import weft
 from weft.registry import METHODS
 
 # PyTorch itself does not compile recurrent layers into one graph.
@@ -138,9 +138,7 @@ def test_checkpointing_agrees_with_none(method: str, kind: str, reentrant: bool)
         outputs = each.step(batches).outputs
         sum(o.square().sum() for o in outputs.values()).backward()  # two tasks in one backward
     assert_same_bits(snapshot(expected), snapshot(model))  # statistics were updated once
-    for (name, one), other in zip(
-        expected.named_parameters(), model.parameters(), strict=True
-    ):
+    for (name, one), other in zip(expected.named_parameters(), model.parameters(), strict=True):
         assert (one.grad is None) == (other.grad is None), name
         if one.grad is not None:
             assert torch.allclose(one.grad, other.grad, rtol=1e-4, atol=1e-5), name

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 from training_nets import (
     assert_close,
     assert_same_bits,
@@ -22,7 +25,7 @@ from training_nets import (
 
 import weft
 from weft.core.sharing import Sharing
-from weft.training.optimization import make_optimizer, parameter_groups, pull_to_base
+from weft.training.optimization import PullToBase, make_optimizer, parameter_groups
 
 Plan = Callable[[nn.Module], Sharing]
 
@@ -53,13 +56,14 @@ def test_a_loop_of_ones_own_gives_the_same(name: str, optimizer: str) -> None:
 
     groups = parameter_groups(own, ["a"], **options)  # type: ignore[arg-type]
     chosen = make_optimizer(optimizer, groups, momentum=0.9)  # type: ignore[arg-type]
-    pull_to_base(chosen, own, ["a"], 0.01)
+    pull = PullToBase(own, ["a"], chosen, 0.01)
     own.train()
     for _ in range(3):
         for x, y in batches:
             loss = nn.functional.cross_entropy(own(x, task="a"), y) + own.penalty("a")
             chosen.zero_grad()
             loss.backward()
+            pull()
             chosen.step()
     own.harden("a")
     assert_same_bits(everything(fitted), everything(own))
@@ -98,6 +102,22 @@ def test_tasks_that_share_nothing_train_together_as_alone(plan: Plan, optimizer:
         assert history.best[task] == together.best[task]
         assert [r["val"] for r in history[task]] == [r["val"] for r in together[task]]
         assert [r["loss"] for r in history[task]] == [r["loss"] for r in together[task]]
+    assert_same_bits(everything(joint), everything(alone))
+
+
+def test_augmentation_of_a_task_does_not_depend_on_the_others() -> None:
+    class Noisy(TensorDataset):
+        def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+            x, y = super().__getitem__(index)
+            noise = torch.randn(()) + np.random.randn() + random.gauss(0.0, 1.0)
+            return x + noise, y
+
+    data = {t: shuffled(Noisy(*vectors(24 + 8 * i, 3, i).tensors)) for i, t in enumerate("ab")}
+    base = dense_net()
+    joint, alone = (model_of(base, weft.full_finetune(base)) for _ in range(2))
+    weft.fit(joint, data, epochs=2, steps=5, progress=False)
+    for task in "ab":
+        weft.fit(alone, {task: data[task]}, epochs=2, steps=5, progress=False)
     assert_same_bits(everything(joint), everything(alone))
 
 
@@ -169,12 +189,14 @@ def test_the_pull_to_the_base_uses_the_rate_of_each_group() -> None:
             p.grad = torch.zeros_like(p)
     groups = [{"params": [first], "lr": 0.1}, {"params": [second], "lr": 0.01}]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    pull_to_base(optimizer, model, ["a"], 0.5)
+    pull = PullToBase(model, ["a"], optimizer, 0.5)
+    pull()
     optimizer.step()
     torch.testing.assert_close(first - base[0].weight, torch.full_like(first, 1 - 0.1 * 0.5))
     torch.testing.assert_close(second - base[3].weight, torch.full_like(second, 1 - 0.01 * 0.5))
     first.grad = None
     before = first.detach().clone()
+    pull()
     optimizer.step()  # what has no gradient is frozen: decay leaves it alone, too
     assert torch.equal(first, before)
 

@@ -11,9 +11,7 @@ from .sites import canonical_names, check_names, named_tensors
 from .structure import SLOT
 
 
-def check_plan(
-    base: nn.Module, sharing: Sharing, trained: frozenset[str] = frozenset()
-) -> None:
+def check_plan(base: nn.Module, sharing: Sharing, trained: frozenset[str] = frozenset()) -> None:
     """Refuse a plan that does not fit.
 
     Args:

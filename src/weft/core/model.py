@@ -185,7 +185,7 @@ class MultiTaskModel(nn.Module):
         """
         batch = call_arguments(inputs, kwargs)
         rows = count_rows(*batch)
-        names = chosen_tasks(task, self.task_names, rows)
+        names = task if isinstance(task, str) else chosen_tasks(task, self.task_names, rows)
         if isinstance(names, str):
             return self._run({names: batch}, context)[0][names]
         found = places(names)
@@ -335,7 +335,8 @@ class MultiTaskModel(nn.Module):
     # ---------------------------------------------------------------- inside
 
     def _state(self, task: str) -> TaskState:
-        return self.tasks[known_task(task, self.task_names)]
+        name = task if task in self.tasks else known_task(task, self.task_names)
+        return self.tasks[name]
 
     def _run(
         self, parts: Mapping[str, Arguments], context: Mapping[str, Any] | None

@@ -37,10 +37,10 @@ def count_rows(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
 
 
 def chosen_tasks(task: Rows, names: Sequence[str], rows: int) -> str | list[str]:
-    """What the caller's choice of tasks means.
+    """What the caller's choice of tasks means, where it is not simply a name.
 
     Args:
-        task: a name or an index, for all rows or one per row.
+        task: an index for all rows, or names or indices, one per row.
         names: the names of all tasks, in order.
         rows: how many rows the batch has.
 
@@ -51,10 +51,8 @@ def chosen_tasks(task: Rows, names: Sequence[str], rows: int) -> str | list[str]
         TaskError: no such task, or no choice at all.
         DataError: the number of tasks differs from the number of rows.
     """
-    if isinstance(task, str):
-        return known_task(task, names)
     choice = task.tolist() if isinstance(task, Tensor) else task
-    if not isinstance(choice, (list, tuple, Sequence)):
+    if isinstance(choice, str) or not isinstance(choice, Sequence):
         return known_task(choice, names)
     if len(choice) != rows:
         raise DataError(f"One task per row: found {len(choice)} tasks for {rows} rows.")

@@ -47,6 +47,7 @@ class Runner:
         self._buffers = frozenset(name for name, _ in buffers_of(self._slots))
         self._pools: dict[tuple[tuple[str, Insertion], ...], Pool] = {}
         self._pool_of_plan: WeakKeyDictionary[Sharing, Pool] = WeakKeyDictionary()
+        self._known_shapes: list[tuple[int, ...]] = []
 
     # ---------------------------------------------------------------- tensors
 
@@ -138,11 +139,33 @@ class Runner:
         with self._pool(state.sharing).lease() as structure:
             structure.set_mode(training, self.writable(state))
             structure.bind(tensors)
-            output = structure.run(args, kwargs, call)
+            with self._shapes_explained(args, kwargs):
+                output = structure.run(args, kwargs, call)
             features = select_output(output, self._output)
             if features is not output and torch.is_grad_enabled():
                 structure.await_backward(features)
             return features, structure.taps(call.records) if state.task.taps else {}
+
+    @contextmanager
+    def _shapes_explained(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
+        """Say so if the base fails on inputs of another shape than it has run on.
+
+        Raises:
+            DataError: in place of the base's own error.
+        """
+        leaves = pytree.tree_leaves((args, dict(kwargs)))
+        shapes = [tuple(t.shape[1:]) for t in leaves if isinstance(t, Tensor)]
+        try:
+            yield
+        except RuntimeError as error:
+            if self._known_shapes and shapes != self._known_shapes:
+                raise DataError(
+                    f"The base failed on inputs of shape {_per_row(shapes)}; it has run on "
+                    f"{_per_row(self._known_shapes)}. Bring the inputs to that shape. "
+                    f"The base said: {error}"
+                ) from error
+            raise
+        self._known_shapes = shapes
 
     def view(self, state: TaskState, *, training: bool) -> View:
         """A view of a task, bound to differentiable tensors in training mode, else to constants."""
@@ -200,6 +223,10 @@ class Runner:
                     "the last incomplete one, or call model.eval()."
                 ) from error
             raise
+
+
+def _per_row(shapes: list[tuple[int, ...]]) -> str:
+    return " and ".join(str(("rows", *shape)).replace("'", "") for shape in shapes)
 
 
 def _constant(tensor: Tensor) -> nn.Parameter:

@@ -57,6 +57,11 @@ def hard_sharing(
             "everything owned use linear_probe or full_finetune."
         )
     units = _units(base)
+    if len(units) < 2:
+        raise PlanError(
+            f"hard_sharing cuts between layers and needs at least two layers, found {len(units)}. "
+            "Use linear_probe or full_finetune."
+        )
     if own == "top":
         units.reverse()
     private = [site for unit in units[: _cut(base, units, fraction)] for site in unit]

@@ -63,7 +63,7 @@ def taps(
     that flip in the last epochs leave running statistics that do not fit. A linear layer's bias
     follows the gate of its weight.
     """
-    _check_options(penalty, warmup, harden, form)
+    _check_options(penalty, warmup, harden, form, legacy_norm)
     patches: dict[str, Patch] = {}
     scores: list[str] = []
     refused: dict[str, str] = {}
@@ -110,7 +110,9 @@ def _phases(warmup: int, harden: float) -> tuple[Phase, ...]:
     return tuple((first if warmup else []) + (phases if harden else phases[:1]))
 
 
-def _check_options(penalty: float, warmup: int, harden: float, form: str) -> None:
+def _check_options(
+    penalty: float, warmup: int, harden: float, form: str, legacy_norm: int | None
+) -> None:
     if not penalty >= 0.0:
         raise PlanError(f"taps(penalty=...) is a number >= 0, found {penalty}.")
     if warmup < 0 or warmup != int(warmup):
@@ -119,3 +121,5 @@ def _check_options(penalty: float, warmup: int, harden: float, form: str) -> Non
         raise PlanError(f"taps(harden=...) is a share in [0, 1), found {harden}.")
     if form not in ("tuned", "residual"):
         raise PlanError(f"taps(form=...) is 'tuned' or 'residual', found {form!r}.")
+    if legacy_norm is not None and legacy_norm <= 0:
+        raise PlanError(f"taps(legacy_norm=...) is a number > 0 or None, found {legacy_norm}.")

@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from weft.errors import DataError
 
-from .randomness import Stream
+from .randomness import Streams
 
 Loader = Iterable[Any]
 """Batches of one task: pairs (x, y), or dicts with the target under "labels"."""
@@ -53,14 +53,14 @@ class Endless:
     Args:
         loader: the batches of one pass.
         task: the task's name, for errors.
-        seed: of what the loader draws; nothing else draws from it, so that a task sees the same
+        streams: what the loader draws comes from the task's own, so that a task sees the same
             batches alone and together with others.
     """
 
-    def __init__(self, loader: Loader, task: str, seed: int) -> None:
+    def __init__(self, loader: Loader, task: str, streams: Streams) -> None:
         self._loader = loader
         self._task = task
-        self._stream = Stream(seed)
+        self._streams = streams
         self._iterator: Iterator[Any] | None = None
 
     def next(self) -> tuple[Any, Any]:
@@ -70,7 +70,7 @@ class Endless:
             DataError: a whole pass gave no batch.
         """
         nothing = object()
-        with self._stream:
+        with self._streams.of(self._task):
             for _ in range(2):
                 if self._iterator is None:
                     self._iterator = iter(self._loader)
@@ -94,6 +94,7 @@ def together(
     Returns:
         ``{task: (inputs, targets)}`` for each step.
     """
-    sources = {task: Endless(loader, task, seeds[task]) for task, loader in loaders.items()}
+    streams = Streams(seeds)
+    sources = {task: Endless(loader, task, streams) for task, loader in loaders.items()}
     for _ in range(steps):
         yield {task: source.next() for task, source in sources.items()}

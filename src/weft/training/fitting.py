@@ -22,7 +22,7 @@ from .history import Callback, History
 from .loaders import check_loader, steps_in
 from .optimization import OptimizerChoice
 from .progress import Display
-from .randomness import Stream, caller_keeps_randomness, derived_seed
+from .randomness import Streams, caller_keeps_randomness, derived_seed
 from .run import Run
 from .schedule import Schedule
 from .settings import Settings
@@ -146,7 +146,10 @@ def fit(
         given_accelerator(accelerator, precision, trackers)
     model.to(accelerator.device)
     config = _config(model, tasks, settings, length, optimizer, accelerator.mixed_precision)
-    resumed = None if folder is None else checkpoints.load(folder, config)
+    resumed = None
+    if folder is not None:
+        config["base"] = checkpoints.fingerprint(model)
+        resumed = checkpoints.load(folder, config)
     if accelerator.is_main_process:
         for path in (file, None if folder is None else folder / checkpoints.NAME):
             if path is not None:
@@ -159,11 +162,9 @@ def fit(
             if resumed is not None:
                 run.resume(resumed)
 
-            def write_down() -> None:
+            def save() -> None:
                 if accelerator.is_main_process and folder is not None:
                     checkpoints.save(folder, {"config": config, **run.state()})
-                if accelerator.is_main_process and file is not None:
-                    run.history.write(file)
 
             shown = progress and accelerator.is_main_process
             with (
@@ -171,11 +172,13 @@ def fit(
                 Display(shown, epochs, length) as display,
                 run.back_to_last_epoch_on_error(),
             ):
-                write_down()
+                save()
                 while not run.finished:
                     rows = run.one_epoch(display, callbacks)
                     accelerator.log(flat(rows), step=run.epoch - 1)
-                    write_down()
+                    save()
+                    if accelerator.is_main_process and file is not None:
+                        run.history.write(file)
                 run.end()
         for task in tasks:
             model.harden(task)
@@ -239,18 +242,18 @@ def _config(
         "optimizer": optimizer if isinstance(optimizer, str) else "custom",
         "tasks": list(tasks),
         "plans": plans,
-        "base": checkpoints.fingerprint(model),
     }
 
 
 def _build_heads(model: MultiTaskModel, train: Mapping[str, Loader], seed: int) -> None:
     """Build heads that are sized by the base's output from the first batch of their data."""
     model.eval()
-    for task, loader in train.items():
-        if not model.tasks[task].head_is_built:
-            batch, _ = Endless(loader, task, derived_seed(seed, "head", task)).next()
-            with Stream(derived_seed(seed, "head", task)), torch.no_grad():
-                model.step({task: to_device(batch, device_of(model))}, charge={task: 0.0})
+    waiting = [task for task in train if not model.tasks[task].head_is_built]
+    streams = Streams({task: derived_seed(seed, "head", task) for task in waiting})
+    for task in waiting:
+        batch, _ = Endless(train[task], task, streams).next()
+        with streams.of(task), torch.no_grad():
+            model.step({task: to_device(batch, device_of(model))}, charge={task: 0.0})
 
 
 @contextmanager

@@ -187,7 +187,7 @@ def reseed(loader: Loader, seed: int) -> None:
         return
     batches = loader.batch_sampler
     samplers: list[object] = [loader.sampler]
-    samplers += [batches.sampler] if isinstance(batches, BatchSampler) else []
+    samplers += [batches.sampler] if type(batches) is BatchSampler else []
     owners = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
     for generator in (loader.generator, *(s.generator for s in samplers if isinstance(s, owners))):
         if isinstance(generator, torch.Generator):

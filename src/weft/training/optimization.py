@@ -31,7 +31,7 @@ def parameter_groups(
     """What trains when these tasks are fitted, grouped as their plans recommend.
 
     Tuned copies of base tensors (TAPS) are grouped without decay: theirs pulls towards the base,
-    which `pull_to_base` adds to an optimiser.
+    see `PullToBase`.
 
     Args:
         model: the model.
@@ -81,44 +81,48 @@ def _anchors(model: MultiTaskModel, task: str) -> dict[str, Tensor]:
     return {key: base[name] for name, patch in patches.items() for key in patch.anchored(name)}
 
 
-def pull_to_base(
-    optimizer: Optimizer, model: MultiTaskModel, tasks: Iterable[str], weight_decay: float
-) -> None:
-    """Let every step of an optimiser decay tuned copies of base tensors towards the base.
+class PullToBase:
+    """Weight decay of tuned copies of base tensors, towards the base; call it before each step.
 
     With D = tuned - base this is the decay of the residual D, so that the tuned form of TAPS equals
     the residual form: grad + decay * D, or D * (1 - lr * decay) before the step of an AdamW.
 
     Args:
-        optimizer: over groups of `parameter_groups`.
         model: the model.
         tasks: names of the tasks.
+        optimizer: over groups of `parameter_groups`.
         weight_decay: the decay.
     """
-    homes: dict[int, Tensor] = {}
-    for task in tasks:
-        own, groups = model.trainable(task), model.plan(task).groups
-        for key, base in _anchors(model, task).items():
-            if key in own and _group_of(groups, key).decay:
-                homes[id(own[key])] = base
-    if not homes or not weight_decay:
-        return
-    decoupled = isinstance(optimizer, AdamW)
+
+    def __init__(
+        self,
+        model: MultiTaskModel,
+        tasks: Iterable[str],
+        optimizer: Optimizer,
+        weight_decay: float,
+    ) -> None:
+        self._optimizer = optimizer
+        self._decay = weight_decay
+        self._homes: dict[int, Tensor] = {}
+        for task in tasks:
+            own, groups = model.trainable(task), model.plan(task).groups
+            for key, base in _anchors(model, task).items():
+                if weight_decay and key in own and _group_of(groups, key).decay:
+                    self._homes[id(own[key])] = base
 
     @torch.no_grad()
-    def pull(optimizer: Optimizer, *_: Any) -> None:
-        for group in optimizer.param_groups:
+    def __call__(self) -> None:
+        """Pull what has a gradient; what has none is frozen."""
+        # Not a hook of the optimiser: a class that derives from torch's would run it twice.
+        for group in self._optimizer.param_groups if self._homes else []:
             for parameter in group["params"]:
-                base = homes.get(id(parameter))
+                base = self._homes.get(id(parameter))
                 if base is None or parameter.grad is None:
                     continue
-                if decoupled:
-                    parameter.lerp_(base, group["lr"] * weight_decay)
+                if isinstance(self._optimizer, AdamW):
+                    parameter.lerp_(base, group["lr"] * self._decay)
                 else:
-                    parameter.grad.add_(parameter - base, alpha=weight_decay)
-
-    # Before the step proper, when gradients are clipped and unscaled, and only if there is one.
-    optimizer.register_step_pre_hook(pull)
+                    parameter.grad.add_(parameter - base, alpha=self._decay)
 
 
 def make_optimizer(choice: OptimizerChoice, groups: Groups, momentum: float) -> Optimizer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -44,7 +43,7 @@ class Phases:
         self._train = train
         self._seed = settings.seed
         self._processes = processes
-        self._updates = math.ceil(steps / settings.accumulate)
+        self._updates = settings.updates(steps)
         self._course: dict[str, list[Phase]] = {}
         for task in train:
             plan = model.plan(task)

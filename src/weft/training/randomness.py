@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -52,30 +51,42 @@ def caller_keeps_randomness(device: torch.device) -> Iterator[None]:
             torch.cuda.set_rng_state(on_device, device)
 
 
-class Stream:
-    """Random numbers of its own: in a ``with`` block, loading draws from here.
+class Streams:
+    """Random numbers for the data of each task, apart from each other and from the model's.
 
     Args:
-        seed: where the stream starts.
+        seeds: by task, where its stream starts.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seeds: Mapping[str, int]) -> None:
+        self._states: dict[str, tuple[Any, ...]] = {}
+        self._current: str | None = None
         outside = _state()
-        torch.default_generator.manual_seed(seed)
-        np.random.seed(seed)
-        random.seed(seed)
-        self._mine = _state()
+        for task, seed in seeds.items():
+            torch.default_generator.manual_seed(seed)
+            np.random.seed(seed)
+            random.seed(seed)
+            self._states[task] = _state()
         _set_state(outside)
 
-    def __enter__(self) -> None:
-        self._outside = _state()
-        _set_state(self._mine)
+    @contextmanager
+    def of(self, task: str) -> Iterator[None]:
+        """Draw from the task's stream in this block.
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._mine = _state()
-        _set_state(self._outside)
+        numpy and random stay with the task until another one draws: models draw from torch only,
+        and putting their states back and forth for every batch would cost more than small steps do.
+        """
+        if self._current != task:
+            if self._current is not None:
+                torch_state, *_ = self._states[self._current]
+                self._states[self._current] = (torch_state, *_state()[1:])
+            np.random.set_state(self._states[task][1])
+            random.setstate(self._states[task][2])
+            self._current = task
+        outside = torch.get_rng_state()
+        torch.set_rng_state(self._states[task][0])
+        try:
+            yield
+        finally:
+            self._states[task] = (torch.get_rng_state(), *self._states[task][1:])
+            torch.set_rng_state(outside)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -20,7 +20,7 @@ from .checkpoint import restore, snapshot
 from .evaluation import evaluate, score_of
 from .history import Callback, Epoch, History, Row
 from .loaders import reseed
-from .optimization import OptimizerChoice, make_optimizer, parameter_groups, pull_to_base
+from .optimization import OptimizerChoice, PullToBase, make_optimizer, parameter_groups
 from .phases import Phases
 from .processes import Processes
 from .progress import Display
@@ -71,11 +71,8 @@ class Run:
         self._accelerator = accelerator
         self._stopped = False
         self._updates = 0
-        self._selection = Selection(
-            tuple(validation),
-            together=bool(model.shared_trainable()),
-            patience=settings.patience,
-        )
+        joint = bool(model.shared_trainable())
+        self._selection = Selection(tuple(validation), joint=joint, patience=settings.patience)
         groups = parameter_groups(
             model,
             self.tasks,
@@ -90,12 +87,15 @@ class Run:
             )
         self._parameters: list[nn.Parameter] = [p for group in groups for p in group["params"]]
         self._inner = make_optimizer(optimizer, groups, settings.momentum)
-        pull_to_base(self._inner, model, self.tasks, settings.weight_decay)
+        self._pull = PullToBase(model, self.tasks, self._inner, settings.weight_decay)
         self._rates: list[float] = [group["lr"] for group in self._inner.param_groups]
-        updates = settings.epochs * math.ceil(steps / settings.accumulate)
+        updates = settings.epochs * settings.updates(steps)
         self._factor = rate_factor(settings.schedule, updates, settings.warmup_steps)
         self._optimizer = accelerator.prepare(self._inner)
-        self._step = accelerator.prepare(TrainingStep(model, settings.weights))
+        with warnings.catch_warnings():
+            # Its successor is not in every torch that this library runs on.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            self._step = accelerator.prepare(TrainingStep(model, settings.weights))
         self._last = snapshot(model, self.tasks)
 
     # ------------------------------------------------------------------ an epoch
@@ -141,11 +141,7 @@ class Run:
                 "own_fraction": ledger.own_fraction,
             }
         self._last = snapshot(self.model, self.tasks)
-        values = {
-            task: score_of(self.model, task, scores[task])
-            for task in scores
-            if phases[task].selectable
-        }
+        values = {t: score_of(self.model, t, s) for t, s in scores.items() if phases[t].selectable}
         self._selection.consider(self.epoch, values, self._last)
         for task, row in rows.items():
             self.history.rows.setdefault(task, []).append(row)
@@ -167,7 +163,7 @@ class Run:
         """
         seed, epoch = self._set.seed, self.epoch
         seeds = {task: derived_seed(seed, epoch, "task", task) for task in self.tasks}
-        for loaders in (self._phases.loaders(epoch), self._train, self._validation):
+        for loaders in (self._train, self._validation):
             for task, loader in loaders.items():
                 reseed(loader, seeds[task])
         seed_everything(derived_seed(seed, epoch))  # all processes prepare a phase alike
@@ -184,8 +180,8 @@ class Run:
         sums = [0.0] * (2 + len(self.tasks))
         self.model.train()
         self._forget_gradients()
-        batches_of_steps = together(self._phases.loaders(self.epoch), steps, seeds)
-        for index, batches in enumerate(batches_of_steps):
+        loaders = self._phases.loaders(self.epoch)
+        for index, batches in enumerate(together(loaders, steps, seeds)):
             batches = to_device(batches, self._accelerator.device)
             place = index % accumulate
             boundary = place == accumulate - 1 or index == steps - 1
@@ -208,9 +204,8 @@ class Run:
     ) -> None:
         problem = problem_with(figures, batches, step)
         if self._processes.any(problem is not None):
-            raise TrainingError(
-                problem or f"The loss of another process at step {step} is not finite."
-            )
+            elsewhere = f"The loss of another process at step {step} is not finite."
+            raise TrainingError(problem or elsewhere)
 
     def _update(self, update: int) -> None:
         """One optimiser step, the ``update``-th of the epoch."""
@@ -219,6 +214,9 @@ class Run:
             group["lr"] = rate * factor
         if self._set.clip is not None:
             self._accelerator.clip_grad_norm_(self._parameters, self._set.clip)
+        elif self._accelerator.scaler is not None:
+            self._accelerator.unscale_gradients(self._optimizer)
+        self._pull()
         self._optimizer.step()
         self._phases.after_update(self.epoch, update)
         self._updates += 1

@@ -14,16 +14,16 @@ class Selection:
 
     Args:
         tasks: those that are validated.
-        together: whether tasks share what they train and so stand and fall together, by the mean of
+        joint: whether tasks share what they train and so stand and fall together, by the mean of
             their scores; else each task keeps an epoch of its own.
         patience: epochs without a better score after which to stop, or None.
     """
 
-    def __init__(self, tasks: tuple[str, ...], *, together: bool, patience: int | None) -> None:
+    def __init__(self, tasks: tuple[str, ...], *, joint: bool, patience: int | None) -> None:
         self.epochs: dict[str, int] = {}
         self.kept: Parts = {}
         self._tasks = tasks
-        self._together = together
+        self._joint = joint
         self._patience = patience
         self._scores: dict[str, float] = {}
 
@@ -37,7 +37,7 @@ class Selection:
             state: what the epoch left.
         """
         values = {t: -math.inf if math.isnan(s) else s for t, s in scores.items()}
-        if self._together:
+        if self._joint:
             if not self._tasks or len(values) < len(self._tasks):
                 return
             mean = sum(values.values()) / len(values)
@@ -46,7 +46,7 @@ class Selection:
             if value >= self._scores.get(task, -math.inf):
                 self._scores[task] = value
                 self.epochs[task] = epoch
-                self.kept.update(state if self._together else {part_of(task): state[part_of(task)]})
+                self.kept.update(state if self._joint else {part_of(task): state[part_of(task)]})
 
     def hopeless(self, epoch: int) -> bool:
         """Whether no task has had a better score for too long."""

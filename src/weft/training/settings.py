@@ -72,6 +72,10 @@ class Settings:
             if not (_is_number(weight) and 0.0 <= weight < math.inf):
                 raise ConfigError(f"weights[{task!r}] is a number >= 0, found {weight!r}.")
 
+    def updates(self, steps: int) -> int:
+        """How many optimiser steps so many batches make."""
+        return math.ceil(steps / self.accumulate)
+
     def plain(self) -> dict[str, Any]:
         """The settings as a dict of plain values."""
         values = {**asdict(self), "weights": {k: float(v) for k, v in self.weights.items()}}

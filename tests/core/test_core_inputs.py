@@ -1,0 +1,39 @@
+"""Inputs of a wrong shape are named beside the shape that the base has run on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import weft
+from weft.errors import DataError
+
+
+def test_a_wrong_input_shape_is_named_with_the_right_one() -> None:
+    base = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = weft.MultiTaskModel(base, weft.taps(base), example=torch.zeros(1, 3, 8, 8))
+    model.add_task("a", weft.Classification(2))
+    with pytest.raises(DataError, match=r"\(rows, 1, 8, 8\); it has run on \(rows, 3, 8, 8\)"):
+        model(torch.zeros(2, 1, 8, 8), task="a")
+    assert model(torch.zeros(2, 3, 9, 9), task="a").shape == (2, 2)
+
+
+def test_an_error_of_the_base_itself_is_not_hidden() -> None:
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2))
+            self.fails = False
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if bool((x > 1).any()):
+                raise RuntimeError("out of something")
+            return x * self.weight
+
+    base = Broken()
+    model = weft.MultiTaskModel(base, weft.full_finetune(base), example=torch.zeros(1, 2))
+    model.add_task("a", weft.Task(head=None, loss=nn.MSELoss()))
+    with pytest.raises(RuntimeError, match="out of something") as error:
+        model(torch.full((3, 2), 2.0), task="a")
+    assert not isinstance(error.value, DataError)
