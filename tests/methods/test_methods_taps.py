@@ -197,7 +197,7 @@ def test_the_score_gradient_is_right_for_any_size_and_layout(size: int, layout: 
     (GatedTuned("s").compose("w", base, tensors) * weights).sum().backward()
     exact = (weights.double() * (tuned.double() - base.double())).sum()
     scale = (weights.double() * (tuned.double() - base.double())).norm()
-    assert abs(float(score.grad) - float(exact)) < 1e-3 * float(scale)
+    assert abs(float(score.grad) - float(exact.detach())) < 1e-3 * float(scale.detach())
 
 
 # Optimiser steps until a gate without task gradient closes: N = 52, momentum 0.9, gradients of
