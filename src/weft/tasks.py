@@ -139,6 +139,12 @@ def Classification(
     Returns:
         The task; targets are integers of shape (rows,).
     """
+    if not 0.0 <= smoothing < 1.0:
+        raise ConfigError(f"Classification(smoothing=...) is in [0, 1), found {smoothing}.")
+    if head_init not in ("default", "zero"):
+        raise ConfigError(
+            f"Classification(head_init=...) is 'default' or 'zero', found {head_init!r}."
+        )
     names, count = _class_names(classes, at_least=2)
     return Task(
         head=_MakePooledLinear(count, zero=head_init == "zero"),
@@ -267,6 +273,8 @@ def Regression(targets: int = 1, *, loss: Literal["mse", "l1"] = "mse") -> Task:
     """
     if loss not in ("mse", "l1"):
         raise ConfigError(f"Regression(loss=...) is 'mse' or 'l1', found {loss!r}.")
+    if targets < 1:
+        raise ConfigError(f"Regression needs at least 1 target, found {targets}.")
     metrics: dict[str, torchmetrics.Metric] = {
         "mse": torchmetrics.MeanSquaredError(),
         "mae": torchmetrics.MeanAbsoluteError(),

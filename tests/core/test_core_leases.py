@@ -7,6 +7,7 @@ import gc
 import pickle
 import threading
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 import weft
 from core.small import conv_net, images, mlp, model_of, vectors
+from weft.core import pool
 from weft.core.structure import Structure
 from weft.errors import LeaseError, PlanError
 
@@ -150,6 +152,25 @@ def test_structures_stay_few_in_a_long_training_loop() -> None:
             model(images(), task="a")
     # The outputs of a step may still be there when the next step begins.
     assert structures() - before <= 6
+
+
+def test_structures_are_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Structure] = []
+
+    def make(*arguments: Any) -> Structure:
+        made.append(Structure(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(pool, "Structure", make)
+    base = conv_net()
+    model = model_of(base, weft.taps(base))
+    for _ in range(10):
+        outputs = model.train().step({t: images() for t in "ab"}).outputs
+        sum(o.sum() for o in outputs.values()).backward()
+        del outputs
+        model.eval().view("a")(images())
+        model(images(), task="b")
+    assert len(made) <= 3
 
 
 def test_dropped_views_give_their_structure_back() -> None:

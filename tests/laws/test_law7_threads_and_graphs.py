@@ -155,6 +155,8 @@ def test_a_checkpointed_view_updates_statistics_once(method: str) -> None:
         for _ in range(2):  # a view is used again, and its statistics go on
             view(case.base.inputs(4)).sum().backward()
         states.append(snapshot(model.tasks["a"]))
+        counters = [v for k, v in states[-1].items() if "num_batches" in k]
+        assert {int(count) for count in counters} == {5}  # they started from 3
     assert_same_bits(states[0], states[1])
 
 

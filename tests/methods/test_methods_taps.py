@@ -63,8 +63,11 @@ def test_output_is_the_base_unless_a_gate_is_open_on_a_difference(
 def test_a_gate_at_the_threshold_is_open(form: str) -> None:
     for dtype in (torch.float32, torch.float64):
         base = linear().to(dtype)
-        model = model_of(base, form=form)
+        model = model_of(base, form=form).eval()
+        move_layers(model)
         set_gates(model, 0.1)
+        x = torch.randn(5, 4, dtype=dtype)
+        assert not torch.equal(model(x, task="a"), base.eval()(x))
         assert model.ledger("a").open_gates == (1, 1)
         set_gates(model, 0.0999)
         assert model.ledger("a").open_gates == (0, 1)

@@ -14,6 +14,8 @@ from .labels import Box, Item, place_labels
 from .numbers import bytes_text, is_share, metric_text, percent_text, shorten, spread_text
 from .style import SERIES
 
+TICK_ROOM = 44.0
+"""Pixels between the label of zero bytes, left of the break, and the next one."""
 LEFT, RIGHT, TOP, BOTTOM = 62.0, 24.0, 44.0, 52.0
 ZERO = 44.0
 """Room for the column of those that own nothing, which a log axis cannot hold."""
@@ -179,6 +181,8 @@ def _axes(
     outer = Frame(Scale(0, 1, LEFT, frame.x.end), frame.y)
     outer.grid(drawing, [], frame.y.ticks(5), str, y_text)
     ticks = frame.x.ticks(max(3, int(wide / 62)))
+    if zero is not None:
+        ticks = [t for t in ticks if frame.x(t) - zero > TICK_ROOM]
     Frame(frame.x, Scale(0, 1, bottom, bottom)).grid(
         drawing, ticks, [], lambda v: bytes_text(v).replace(".0", ""), str
     )
