@@ -19,6 +19,25 @@ def test_a_wrong_input_shape_is_named_with_the_right_one() -> None:
     assert model(torch.zeros(2, 3, 9, 9), task="a").shape == (2, 2)
 
 
+def test_running_out_of_memory_is_not_called_a_wrong_shape() -> None:
+    class Hungry(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.LazyLinear(2)
+            self.linear(torch.zeros(1, 2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if x.shape[1] > 2:
+                raise torch.OutOfMemoryError("too large")
+            return self.linear(x)
+
+    base = Hungry()
+    model = weft.MultiTaskModel(base, weft.full_finetune(base), example=torch.zeros(1, 2))
+    model.add_task("a", weft.Classification(2))
+    with pytest.raises(torch.OutOfMemoryError, match="too large"):
+        model(torch.zeros(3, 4), task="a")
+
+
 def test_an_error_of_the_base_itself_is_not_hidden() -> None:
     class Broken(nn.Module):
         def __init__(self) -> None:

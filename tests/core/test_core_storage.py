@@ -93,6 +93,13 @@ def test_loading_never_touches_the_users_base() -> None:
     assert torch.equal(outer["inside"](x, task="a"), other(x, task="a"))
 
 
+def test_loading_the_same_base_keeps_sharing_its_memory() -> None:
+    base = conv_net()
+    model = trained(base, "a")
+    model.load_state_dict(copy.deepcopy(model.state_dict()))
+    assert model.base[0].weight.data_ptr() == base[0].weight.data_ptr()
+
+
 def test_loading_in_another_type_never_touches_the_users_base() -> None:
     base = conv_net()
     before = snapshot(base)

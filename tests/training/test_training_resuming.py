@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import resource
+import errno
+import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -238,16 +239,18 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path, damage: str) -> None:
 
 
 @pytest.fixture
-def file_limit() -> Iterator[Callable[[int], None]]:
-    """Sets how many bytes a file may have, as if the disk were full then."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+def fill_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """From its call on, no file can be written out. (A limit of the process would hit the log.)"""
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    return lambda: monkeypatch.setattr(os, "fsync", full)
 
 
 @pytest.mark.parametrize("option", ["checkpoint", "log"])
 def test_a_full_disk_ends_the_run_at_its_last_complete_epoch(
-    tmp_path: Path, option: str, file_limit: Callable[[int], None]
+    tmp_path: Path, option: str, fill_disk: Callable[[], None]
 ) -> None:
     base = conv_net()
     model = model_of(base, weft.full_finetune(base))
@@ -257,7 +260,7 @@ def test_a_full_disk_ends_the_run_at_its_last_complete_epoch(
     def look(epoch: Epoch) -> None:
         states.append(everything(epoch.model))
         if epoch.number == 2:
-            file_limit(100)
+            fill_disk()
 
     with pytest.raises(TrainingError, match=r"cannot be written: .* Free space"):
         weft.fit(

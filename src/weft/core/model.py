@@ -29,7 +29,7 @@ from .rows import (
 from .running import Output, Runner
 from .sharing import Sharing, charges
 from .sites import canonical_names
-from .state import TaskState, TaskTable, TensorTable, private_copy, restore_ties
+from .state import TaskState, TaskTable, TensorTable, private_copy, restore_ties, same_values
 from .task import Task, check_task, check_task_name
 from .view import View
 
@@ -254,7 +254,7 @@ class MultiTaskModel(nn.Module):
 
         In eval mode a view holds constants, of one kind for all tasks, so that tasks share a
         compiled graph; bind ``model.tensors(task)`` to differentiate with respect to them. In
-        training mode it holds those.
+        training mode it holds those, composed once: bind them again after a backward.
 
         Raises:
             TaskError: no such task.
@@ -354,7 +354,8 @@ class MultiTaskModel(nn.Module):
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         # Loading copies into our tensors in place; it must not reach the user's base.
         for name, tensor in self._runner.base_tensors().items():
-            if f"{prefix}base.{name}" in state_dict:
+            new = state_dict.get(f"{prefix}base.{name}")
+            if new is not None and not same_values(new, tensor):
                 tensor.data = tensor.data.clone()
         super()._load_from_state_dict(state_dict, prefix, *rest)
 

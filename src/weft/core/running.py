@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from weft.errors import DataError
+from weft.errors import DataError, WeftError
 
 from .adapter import Call, Insertion, Records
 from .pool import Pool
@@ -61,8 +61,14 @@ class Runner:
         return next((t for t in tensors if t.is_floating_point()), torch.empty(0))
 
     def compose(self, state: TaskState) -> dict[str, Tensor]:
-        """Every tensor that runs for a task, by name; differentiable in grad mode."""
+        """Every tensor that runs for a task, by name; differentiable in grad mode.
+
+        A task whose own plan trains nothing shared reads shared tensors as constants, also in a
+        model whose plan trains them.
+        """
         tensors = self.base_tensors()
+        if not state.sharing.trains_shared:
+            tensors = {n: t.detach() if t.requires_grad else t for n, t in tensors.items()}
         own = {**self._shared.to_dict(), **state.own.to_dict()}
         for name, patch in state.patches.items():
             tensors[name] = patch.compose(name, tensors[name], own)
@@ -157,6 +163,8 @@ class Runner:
         shapes = [tuple(t.shape[1:]) for t in leaves if isinstance(t, Tensor)]
         try:
             yield
+        except (WeftError, torch.OutOfMemoryError):
+            raise
         except RuntimeError as error:
             if self._known_shapes and shapes != self._known_shapes:
                 raise DataError(

@@ -204,6 +204,13 @@ def private_copy(base: nn.Module, own_storage: frozenset[str]) -> nn.Module:
         return copy.deepcopy(base, memo)
 
 
+def same_values(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one place and kind hold the same values; False across places."""
+    if (one.shape, one.dtype, one.device) != (other.shape, other.dtype, other.device):
+        return False
+    return torch.equal(one, other)
+
+
 def restore_ties(module: nn.Module, names: Mapping[str, str]) -> None:
     """Tie tensors again that loading with ``assign=True`` has put apart.
 

@@ -1,0 +1,22 @@
+"""A task with a plan of its own leaves the shared tensors of the model's plan alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+import weft
+
+
+def test_a_task_with_its_own_plan_sends_no_gradient_into_trained_shared_tensors() -> None:
+    base = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    shared = weft.hard_sharing(base, own="top", fraction=0.4)
+    model = weft.MultiTaskModel(base, shared, example=torch.zeros(1, 3))
+    model.add_task("joint", weft.Classification(2))
+    model.add_task("apart", weft.Classification(2), sharing=weft.bias_only(base))
+    x = torch.randn(5, 3)
+    model(x, task="apart").sum().backward()
+    assert all(p.grad is None for p in model.shared_trainable().values())
+    assert all(p.grad is not None for p in model.task_parameters("apart"))
+    model(x, task="joint").sum().backward()
+    assert all(p.grad is not None for p in model.shared_trainable().values())
