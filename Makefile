@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # Kept in a folder of its own, a wheel that does not match can break only the tests that need it.
 VISION := $(VENV)/vision
 
-.PHONY: setup demo test test-all lint types bench clean
+.PHONY: setup demo test test-all lint types clean
 
 setup: $(STAMP)
 

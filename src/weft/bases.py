@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -128,6 +127,9 @@ def _python(rest: str, options: dict[str, Any]) -> tuple[nn.Module, Preprocessin
     return base, None
 
 
+CLASSIFIERS = ("fc.", "classifier.", "head.", "heads.")
+"""Names under which libraries keep the classifier."""
+
 SOURCES: dict[str, Callable[[str, dict[str, Any]], tuple[nn.Module, Preprocessing | None]]] = {
     "timm": _timm,
     "torchvision": _torchvision,
@@ -157,6 +159,9 @@ def _load_weights(base: nn.Module, path: Path, name: str) -> None:
             tensors = load_file(path)
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
-        base.load_state_dict(tensors, strict=True)
-    except (RuntimeError, SafetensorError, EOFError, ValueError) as error:
+        # Whole checkpoints bring the classifier that the base is made without.
+        known = base.state_dict()
+        dropped = {n for n in tensors if n not in known and n.startswith(CLASSIFIERS)}
+        base.load_state_dict({n: t for n, t in tensors.items() if n not in dropped}, strict=True)
+    except Exception as error:  # what a damaged or foreign file raises depends on its bytes
         raise ConfigError(f"The weights '{path}' do not fit the base '{name}': {error}") from error

@@ -218,7 +218,10 @@ def bank_list(bank: BankPath, as_json: AsJson = False) -> None:
 
 
 @bank_app.command("show")
-def bank_show(bank: BankPath, task: Annotated[str, typer.Argument(help="The task.")]) -> None:
+def bank_show(
+    bank: BankPath,
+    task: Annotated[str, typer.Argument(help="The task.")],
+) -> None:
     """Print everything that is stored about a task, as JSON."""
     _print_json(Bank(bank, create=False).info(task))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -183,7 +184,7 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     if not file.is_file():
         raise ConfigError(f"There is no file '{file}'. Give the YAML file of an experiment.")
     try:
-        content = yaml.safe_load(file.read_text())
+        content = _parse(file.read_text())
     except yaml.YAMLError as error:
         raise ConfigError(f"'{file}' is not YAML: {error}") from None
     if not isinstance(content, dict):
@@ -191,6 +192,21 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     for override in overrides:
         _set(content, override)
     return check(content)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: 1e-3 is a number, as in YAML 1.2."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def _parse(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)  # a SafeLoader
 
 
 def _set(content: dict[str, Any], override: str) -> None:
@@ -207,7 +223,10 @@ def _set(content: dict[str, Any], override: str) -> None:
             raise ConfigError(
                 f"The override '{override}' goes through '{part}', which has no keys."
             )
-    place[last] = yaml.safe_load(text)
+    try:
+        place[last] = _parse(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"The value of the override '{override}' is not YAML: {error}") from None
 
 
 def check(content: Mapping[str, Any]) -> Experiment:

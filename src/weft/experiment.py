@@ -85,9 +85,11 @@ def dry_run(experiment: Experiment) -> list[PlannedTask]:
     for name, section in experiment.tasks.items():
         chosen = section.method or experiment.method
         try:
-            sharing = method(chosen.name, base, **chosen.options)
-            model = MultiTaskModel(base, sharing)
-            model.add_task(name, task_from_spec({"kind": "regression"}))
+            common = method(experiment.method.name, base, **experiment.method.options)
+            model = MultiTaskModel(base, common)
+            apart = section.method
+            sharing = common if apart is None else method(apart.name, base, **apart.options)
+            model.add_task(name, task_from_spec({"kind": "regression"}), sharing=sharing)
         except WeftError as error:
             planned.append(PlannedTask(name, chosen.name, None, {}, {}, str(error)))
             continue
@@ -100,29 +102,36 @@ def dry_run(experiment: Experiment) -> list[PlannedTask]:
 def train(experiment: Experiment, *, progress: bool = True) -> dict[str, dict[str, Any]]:
     """Train every task of an experiment, store the bank, and write the report.
 
-    Tasks that are in the bank already are not trained again; an interrupted task goes on from its
-    checkpoint.
+    Tasks that are in the bank already, by the same configuration, are not trained again; an
+    interrupted task goes on from its checkpoint.
 
     Args:
         experiment: the checked configuration.
         progress: whether to show progress.
 
     Returns:
-        By task: ``{"val": {...}, "test": {...}, "own_bytes": ..., ...}``.
+        By task: ``{"metrics": {"val": {...}, "test": {...}}, "own_bytes": ..., ...}``.
+
+    Raises:
+        ConfigError: a task is in the bank by another configuration.
     """
     folder = Folder(Path(experiment.output))
     base, stated = load_experiment_base(experiment)
     sets = read_data(experiment)
     bank = Bank(folder.bank)
+    if len(bank):
+        bank.load(base, bank.tasks()[0])  # refuses another base before any work is done
     results: dict[str, dict[str, Any]] = {}
     for group in groups(experiment, base):
         stored = [name for name in group if name in bank]
+        for name in stored:
+            _check_same(experiment, name, bank.info(name)["facts"])
         if len(stored) == len(group):
             results |= {name: bank.info(name)["facts"]["results"] for name in group}
             continue
         loaders = {name: make_loaders(experiment, sets[name], stated) for name in group}
         model = make_model(experiment, base, {name: sets[name] for name in group}, loaders)
-        run = "+".join(group)
+        run = group[0] if len(group) == 1 else "joint"
         settings = experiment.train.model_dump(exclude={"joint"})
         fit(
             model,
@@ -135,10 +144,31 @@ def train(experiment: Experiment, *, progress: bool = True) -> dict[str, dict[st
         )
         for name in group:
             results[name] = _score(model, name, loaders[name])
+            model.tasks[name].facts["experiment"] = _resolved(experiment, name)
         bank.save(model, *group)
     report(bank, folder.report)
     (folder.root / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     return results
+
+
+def _resolved(experiment: Experiment, name: str) -> dict[str, Any]:
+    """What decides a task's result, in plain values."""
+    whole = experiment.model_dump(mode="json", exclude={"tasks", "output"})
+    task = experiment.tasks[name].model_dump(mode="json")
+    return {**whole, "method": task.pop("method") or whole["method"], "task": task}
+
+
+def _check_same(experiment: Experiment, name: str, facts: Mapping[str, Any]) -> None:
+    was, now = facts.get("experiment"), _resolved(experiment, name)
+    if was == now:
+        return
+    bank = Folder(Path(experiment.output)).bank
+    ways = f"Use another output, or remove the task: weft bank remove {bank} {name}"
+    if not was:
+        raise ConfigError(f"Task '{name}' is in the bank, but not from an experiment. {ways}.")
+    changed = [key for key in now if was.get(key) != now[key]]
+    found = "; ".join(f"{key} was {was.get(key)}, now {now[key]}" for key in changed)
+    raise ConfigError(f"Task '{name}' is in the bank by another configuration: {found}. {ways}.")
 
 
 def evaluate_stored(
@@ -192,6 +222,7 @@ def groups(experiment: Experiment, base: nn.Module) -> list[tuple[str, ...]]:
 def load_experiment_base(experiment: Experiment) -> tuple[nn.Module, Preprocessing | None]:
     """The base and how its pixels are scaled: as the file says, else as its library says."""
     section = experiment.base
+    torch.manual_seed(experiment.seed)  # a base that is drawn at random is the same every time
     base, stated = load_base(section.name, weights=section.weights, options=section.options)
     if section.channels_last:
         # torch's stubs do not know the keyword alone.

@@ -86,7 +86,11 @@ def method(name: str, base: nn.Module, **options: Any) -> Sharing:
                 f"'{name}' has no option '{option}'. Options: {', '.join(known) or 'none'}."
                 + close_matches(option, known)
             )
-    return METHODS[name].plan(base, **options)
+    try:
+        return METHODS[name].plan(base, **options)
+    except TypeError as error:
+        given = ", ".join(f"{k}={v!r}" for k, v in options.items())
+        raise ConfigError(f"'{name}' cannot be used with {given}: {error}.") from error
 
 
 def options_of(name: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .bank import Bank
 from .core.model import MultiTaskModel
+from .errors import DataError
 from .reports import Point, TaskReport, page, task_report
 
 
@@ -35,7 +36,12 @@ def report(
     """
     described = bank_reports(source) if isinstance(source, Bank) else source
     folder = None if figures is None else Path(figures)
-    return page.report(described, Path(path), comparison=comparison, title=title, figures=folder)
+    try:
+        return page.report(
+            described, Path(path), comparison=comparison, title=title, figures=folder
+        )
+    except OSError as error:
+        raise DataError(f"The report cannot be written: {error}. Choose another place.") from error
 
 
 def bank_reports(bank: Bank) -> list[TaskReport]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from weft.bases import load_base
@@ -135,3 +136,27 @@ def test_library_bases_have_no_classifier_and_state_their_preprocessing() -> Non
     assert not list(vision.fc.parameters())
     with pytest.raises(ConfigError, match=r"Close matches: .*resnet18"):
         load_base("timm:resnet81")
+
+
+def test_numbers_with_exponents_are_numbers_in_options(experiment: Path) -> None:
+    assert read(experiment, ["method.penalty=1e-1"]).method.options["penalty"] == 0.1
+
+
+def test_an_override_that_is_no_yaml_is_refused(experiment: Path) -> None:
+    with pytest.raises(ConfigError, match=r"override 'train\.lr=\[' is not YAML"):
+        read(experiment, ["train.lr=["])
+
+
+def test_an_option_of_the_wrong_type_is_named(experiment: Path, weft_command) -> None:
+    code, _, err = weft_command("train", experiment, "--set", "method.penalty=high")
+    assert code == 2
+    assert "penalty='high'" in err
+
+
+def test_a_classifier_in_the_weights_is_left_out(tmp_path: Path) -> None:
+    import torchvision
+
+    whole = torchvision.models.resnet18()
+    torch.save(whole.state_dict(), tmp_path / "whole.pth")
+    base, _ = load_base("torchvision:resnet18", weights=tmp_path / "whole.pth")
+    assert torch.equal(base.conv1.weight, whole.conv1.weight)

@@ -113,7 +113,7 @@ def test_a_plan_that_trains_shared_tensors_trains_its_tasks_together(
     code, out, _ = weft_command("train", experiment, "--json", "--set", "method=hard_sharing")
     assert code == 0
     assert set(json.loads(out)) == {"bright", "red"}
-    assert (experiment.parent / "run" / "history" / "bright+red.jsonl").exists()
+    assert (experiment.parent / "run" / "history" / "joint.jsonl").exists()
 
 
 def test_fold_writes_a_state_dict_that_the_plain_base_loads(
@@ -178,3 +178,36 @@ def test_doctor_and_methods(weft_command) -> None:
     assert json.loads(out)["self-check"].startswith("ok")
     code, out, _ = weft_command("methods", "--json")
     assert {row["name"] for row in json.loads(out)} == set(weft.METHODS)
+
+
+@pytest.mark.parametrize(
+    "override", ["method.penalty=5", "train.epochs=4", "tasks.red.options.head_init=zero"]
+)
+def test_a_stored_task_is_not_passed_off_for_another_configuration(
+    experiment: Path, weft_command, override: str
+) -> None:
+    weft_command("train", experiment, "--json", "--set", "train.epochs=3")
+    code, _, err = weft_command("train", experiment, "--json", "--set", override)
+    assert code == 2
+    assert "by another configuration" in err
+    assert override.split(".")[0].removesuffix("s") in err
+
+
+def test_another_base_is_refused_before_any_training(experiment: Path, weft_command) -> None:
+    weft_command("train", experiment, "--json")
+    weft_command("bank", "remove", experiment.parent / "run" / "bank", "red")
+    net = experiment.parent / "net.py"
+    net.write_text(net.read_text().replace("manual_seed(0)", "manual_seed(1)"))
+    code, _, err = weft_command("train", experiment, "--json")
+    assert code == 2
+    assert "base" in err
+
+
+def test_dry_run_shows_that_only_the_models_plan_may_train_shared_tensors(
+    experiment: Path, weft_command
+) -> None:
+    code, out, _ = weft_command(
+        "train", experiment, "--dry-run", "--set", "tasks.red.method=hard_sharing"
+    )
+    assert code == 2
+    assert "only the model's own plan may" in " ".join(out.split())

@@ -329,3 +329,13 @@ def test_wrong_options_are_refused(options: dict[str, object], complaint: str) -
 def test_nothing_to_gate_is_refused() -> None:
     with pytest.raises(PlanError, match="taps gates convolutions and linear layers, and this base"):
         weft.taps(nn.Sequential(nn.LayerNorm(3)))
+
+
+def test_weight_decay_of_a_hardened_layer_still_pulls_towards_the_base() -> None:
+    base = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4))
+    model = weft.MultiTaskModel(base, weft.taps(base), example=torch.zeros(1, 3))
+    model.add_task("a", weft.Classification(2))
+    model.harden("a")
+    state = model.tasks["a"]
+    anchored = {key for name, patch in state.patches.items() for key in patch.anchored(name)}
+    assert anchored == {"0.weight", "0.bias", "2.weight", "2.bias"}

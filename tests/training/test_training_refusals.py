@@ -293,3 +293,21 @@ def test_dicts_with_labels_train() -> None:
         weft.fit(model, {"a": given}, epochs=2, progress=False)  # type: ignore[dict-item]
         models.append(everything(model))
     assert_same_bits(*models)
+
+
+def test_a_base_that_bypasses_its_modules_is_refused_instead_of_not_trained() -> None:
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.run = lambda x: self.linear(x)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.run(x)
+
+    base = Hidden()
+    model = weft.MultiTaskModel(base, weft.full_finetune(base), example=torch.zeros(1, 4))
+    model.add_task("a", weft.Classification(2))
+    batches = [(torch.randn(4, 4), torch.tensor([0, 1, 0, 1]))]
+    with pytest.raises(TrainingError, match=r"'linear\.weight'.*through its modules"):
+        weft.fit(model, {"a": batches}, epochs=1, progress=False)

@@ -220,8 +220,8 @@ class MultiTaskModel(nn.Module):
         Args:
             batches: by task, a tensor, tuple or dict of tensors with rows first.
             context: handed to adapters.
-            charge: factors on the penalties of the tasks' plans; one task of a plan speaks for
-                all of them. Default: 1.
+            charge: by task, a factor on its plan's penalties; a task without one follows another
+                task with the same penalties. Default: 1.
 
         Returns:
             Outputs, records and the penalty, to be differentiated together.

@@ -74,7 +74,16 @@ class Patch(ABC):
 
 @dataclass(frozen=True)
 class Replace(Patch):
-    """The task owns the whole tensor; it starts as a copy of the base's."""
+    """The task owns the whole tensor; it starts as a copy of the base's.
+
+    Args:
+        anchor: whether weight decay pulls it towards the base's tensor instead of zero.
+    """
+
+    anchor: bool = False
+
+    def anchored(self, name: str) -> tuple[str, ...]:
+        return (name,) if self.anchor else ()
 
     def keys(self, name: str) -> tuple[str, ...]:
         return (name,)

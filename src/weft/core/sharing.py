@@ -63,18 +63,20 @@ def charges(
         records: by task, what adapters recorded.
         own: by task, its own tensors by key.
         shared: the shared tensors by key.
-        factors: by task, a factor on its plan's penalties; one task of a plan speaks for all.
+        factors: by task, a factor on its plan's penalties; a task without one follows another
+            task with the same penalties.
         zero: the scalar to start from.
 
     Returns:
         A scalar.
     """
-    together: dict[tuple[Penalty, ...], list[str]] = {}
+    spoken = {plans[n].penalties: factor for n, factor in factors.items() if n in plans}
+    together: dict[tuple[tuple[Penalty, ...], float], list[str]] = {}
     for name, plan in plans.items():
-        together.setdefault(plan.penalties, []).append(name)
+        factor = factors.get(name, spoken.get(plan.penalties, 1.0))
+        together.setdefault((plan.penalties, factor), []).append(name)
     total = zero
-    for penalties, names in together.items():
-        factor = next((factors[n] for n in names if n in factors), 1.0)
+    for (penalties, factor), names in together.items():
         if factor == 0.0:
             continue
         mine, theirs = {n: records[n] for n in names}, {n: own[n] for n in names}

@@ -51,7 +51,9 @@ class _Gated(Patch, ABC):
     ) -> tuple[Patch | None, dict[str, Tensor]]:
         if not self._is_open(tensors):
             return None, {}
-        return Replace(), {name: nn.Parameter(self.effective(name, base, tensors).detach())}
+        # Training on, weight decay still concerns the difference to the base.
+        tuned = nn.Parameter(self.effective(name, base, tensors).detach())
+        return Replace(anchor=True), {name: tuned}
 
     def gate_score(self, tensors: Mapping[str, Tensor]) -> float | None:
         return float(tensors[self.score].detach())

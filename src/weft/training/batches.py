@@ -98,3 +98,9 @@ def together(
     sources = {task: Endless(loader, task, streams) for task, loader in loaders.items()}
     for _ in range(steps):
         yield {task: source.next() for task, source in sources.items()}
+
+
+def inputs_are_finite(inputs: Any) -> bool:
+    """Whether no number of the inputs is NaN or infinite."""
+    tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, torch.Tensor)]
+    return all(bool(torch.isfinite(t).all()) for t in tensors if t.is_floating_point())

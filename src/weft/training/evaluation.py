@@ -17,7 +17,7 @@ from weft.core.rows import count_rows
 from weft.core.task import Metric
 from weft.errors import DataError, TaskError
 
-from .batches import Loader, split_batch, to_device
+from .batches import Loader, inputs_are_finite, split_batch, to_device
 from .randomness import caller_keeps_randomness
 from .step import loss_of
 
@@ -73,6 +73,10 @@ def _evaluate_task(
     total, count = 0.0, 0
     for batch in loader:
         x, y = to_device(split_batch(batch, task), device)
+        if not inputs_are_finite(x):
+            raise DataError(
+                f"The inputs of '{task}' contain NaN or infinity. Clean the data before evaluating."
+            )
         rows = count_rows((x,), {})
         output = model.step({task: x}, charge={task: 0.0}).outputs[task]
         total += float(loss_of(description, task, output, y)) * rows

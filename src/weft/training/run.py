@@ -28,7 +28,7 @@ from .randomness import derived_seed, seed_everything
 from .schedule import rate_factor
 from .selection import Selection
 from .settings import Settings
-from .step import Figures, TrainingStep, check_parameters, figures_of, problem_with
+from .step import Figures, TrainingStep, check_parameters, check_reached, figures_of, problem_with
 
 
 class Run:
@@ -209,6 +209,8 @@ class Run:
 
     def _update(self, update: int) -> None:
         """One optimiser step, the ``update``-th of the epoch."""
+        if self._updates == 0:
+            check_reached(self.model, self.tasks)
         factor = self._factor(self._updates)
         for group, rate in zip(self._inner.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor

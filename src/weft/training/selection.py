@@ -26,6 +26,7 @@ class Selection:
         self._joint = joint
         self._patience = patience
         self._scores: dict[str, float] = {}
+        self._improved: dict[str, int] = {}
 
     def consider(self, epoch: int, scores: Mapping[str, float], state: Parts) -> None:
         """Keep an epoch where it is the best so far; a later one wins a tie.
@@ -43,7 +44,10 @@ class Selection:
             mean = sum(values.values()) / len(values)
             values = dict.fromkeys(tasks_of(state), mean)
         for task, value in values.items():
-            if value >= self._scores.get(task, -math.inf):
+            best = self._scores.get(task, -math.inf)
+            if value > best or task not in self._improved:
+                self._improved[task] = epoch
+            if value >= best:
                 self._scores[task] = value
                 self.epochs[task] = epoch
                 self.kept.update(state if self._joint else {part_of(task): state[part_of(task)]})
@@ -53,14 +57,20 @@ class Selection:
         if self._patience is None:
             return False
         return all(
-            task in self.epochs and epoch - self.epochs[task] >= self._patience
+            task in self._improved and epoch - self._improved[task] >= self._patience
             for task in self._tasks
         )
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds."""
-        return {"epochs": self.epochs, "scores": self._scores, "kept": self.kept}
+        return {
+            "epochs": self.epochs,
+            "scores": self._scores,
+            "improved": self._improved,
+            "kept": self.kept,
+        }
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint."""
         self.epochs, self._scores, self.kept = state["epochs"], state["scores"], state["kept"]
+        self._improved = state["improved"]

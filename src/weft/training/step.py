@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from weft.core.model import MultiTaskModel
 from weft.core.task import Task
 from weft.errors import DataError, TaskError, TrainingError
+
+from .batches import inputs_are_finite
 
 
 def loss_of(description: Task, task: str, output: Any, target: Any) -> Tensor:
@@ -109,9 +110,7 @@ def problem_with(figures: Figures, batches: Mapping[str, tuple[Any, Any]], step:
     for task, loss in figures.losses.items():
         if math.isfinite(loss):
             continue
-        leaves = pytree.tree_leaves(batches[task][0])
-        inputs = [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
-        if any(not bool(torch.isfinite(t).all()) for t in inputs):
+        if not inputs_are_finite(batches[task][0]):
             return (
                 f"The inputs of '{task}' at step {step} contain NaN or infinity. "
                 "Clean the data; the model is back at its last complete epoch."
@@ -140,3 +139,19 @@ def check_parameters(parameters: Iterable[Tensor], epoch: int) -> None:
             "gradient clipping (clip=1.0) or full precision; the model is back at its last "
             "complete epoch."
         )
+
+
+def check_reached(model: MultiTaskModel, tasks: Iterable[str]) -> None:
+    """Refuse to train own tensors that no loss depends on.
+
+    Raises:
+        TrainingError: a task owns tensors, and after a backward none of them has a gradient.
+    """
+    for task in tasks:
+        own = model.trainable(task)
+        if own and all(p.grad is None for p in own.values()):
+            raise TrainingError(
+                f"None of the tensors that '{task}' owns takes part in the base's output, for "
+                f"instance '{next(iter(own))}'. A base must reach its tensors through its modules: "
+                "not through closures, lists of tensors or attributes outside of them."
+            )
