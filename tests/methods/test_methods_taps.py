@@ -186,7 +186,7 @@ def test_open_gates_pass_gradcheck(patch: GatedResidual | GatedTuned) -> None:
     assert torch.autograd.gradgradcheck(effective, (own,))
 
 
-@pytest.mark.parametrize("size", [10, gated.CHUNK, gated.CHUNK + 1, 3 * gated.CHUNK - 7])
+@pytest.mark.parametrize("size", [10, gated.SMALL, gated.SMALL + 1, 3 * gated.SMALL - 7])
 @pytest.mark.parametrize("layout", ["plain", "transposed"])
 def test_the_score_gradient_is_right_for_any_size_and_layout(size: int, layout: str) -> None:
     generator = torch.Generator().manual_seed(size)
@@ -339,3 +339,19 @@ def test_weight_decay_of_a_hardened_layer_still_pulls_towards_the_base() -> None
     state = model.tasks["a"]
     anchored = {key for name, patch in state.patches.items() for key in patch.anchored(name)}
     assert anchored == {"0.weight", "0.bias", "2.weight", "2.bias"}
+
+
+def test_the_score_gradient_is_zero_while_tuned_and_base_are_equal_and_right_channels_last() -> (
+    None
+):
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(32, 64, 3, 3, generator=generator).to(memory_format=torch.channels_last)
+    weights = torch.randn(32, 64, 3, 3, generator=generator)
+    for shift in (0.0, 1e-3):
+        tuned = nn.Parameter(base + shift * torch.randn(base.shape, generator=generator))
+        score = nn.Parameter(torch.tensor(0.05))
+        tensors: Mapping[str, Tensor] = {"w:tuned": tuned, "s": score}
+        (GatedTuned("s").compose("w", base, tensors) * weights).sum().backward()
+        difference = weights.double() * (tuned.detach().double() - base.double())
+        bound = 1e-3 * float(difference.norm())
+        assert abs(float(score.grad) - float(difference.sum())) <= bound

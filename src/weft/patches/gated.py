@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from weft.core.patch import Patch, Replace
 
-CHUNK = 1 << 16
-"""Elements per piece of the dot product below: three pieces of fp32 stay in a core's cache."""
+SMALL = 1 << 14
+"""Elements up to which a tensor stays in a core's cache and the difference costs nothing."""
 
 
 @dataclass(frozen=True)
@@ -143,17 +143,20 @@ class _AddResidual(torch.autograd.Function):
 
 
 def _dot_difference(grad: Tensor, tuned: Tensor, base: Tensor) -> Tensor:
-    """<grad, tuned - base> without writing the difference to memory.
+    """<grad, tuned - base> as two dot products, for large tensors without a pass of its own.
 
-    Two dot products would be as fast but lose the digits that a small difference consists of.
+    This rounds relative to |tuned| instead of |tuned - base|: an error of about
+    1e-7 |grad| |tuned|, far below any penalty's gradient, and zero while the two are equal.
     """
-    if torch.is_grad_enabled() or grad.device.type != "cpu" or grad.numel() <= CHUNK:
+    exact = torch.is_grad_enabled() or grad.device.type != "cpu" or grad.numel() <= SMALL
+    if exact or grad.dtype not in (torch.float32, torch.float64):
         return (grad * (tuned - base)).sum()
-    flat = [t.reshape(-1).split(CHUNK) for t in (grad, tuned, base)]
-    difference = flat[1][0].new_empty(CHUNK)
-    total = grad.new_zeros(())
-    for g, t, b in zip(*flat, strict=True):
-        piece = difference[: len(g)]
-        torch.sub(t, b, out=piece)
-        total += torch.dot(g, piece)
-    return total
+    g, t, b = _in_order_of_memory(grad, tuned, base)
+    return torch.dot(g, t) - torch.dot(g, b)
+
+
+def _in_order_of_memory(grad: Tensor, tuned: Tensor, base: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as vectors in one order of elements; no copy if they are laid out alike."""
+    if tuned.dim() == 4 and tuned.is_contiguous(memory_format=torch.channels_last):
+        grad, tuned, base = (x.permute(0, 2, 3, 1) for x in (grad, tuned, base))
+    return grad.reshape(-1), tuned.reshape(-1), base.reshape(-1)
