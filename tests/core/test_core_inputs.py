@@ -56,3 +56,21 @@ def test_an_error_of_the_base_itself_is_not_hidden() -> None:
     with pytest.raises(RuntimeError, match="out of something") as error:
         model(torch.full((3, 2), 2.0), task="a")
     assert not isinstance(error.value, DataError)
+
+
+def test_a_base_with_an_input_called_context_gets_it_in_a_dict() -> None:
+    class Contextual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 2)
+
+        def forward(self, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+            return self.linear(x) + context
+
+    base = Contextual()
+    model = weft.MultiTaskModel(base, weft.full_finetune(base))
+    model.add_task("a", weft.Task(head=None, loss=nn.MSELoss()))
+    x, c = torch.randn(4, 3), torch.randn(4, 2)
+    with pytest.raises(DataError, match="gets it in a dict"):
+        model(x, context=c, task="a")
+    assert torch.equal(model({"x": x, "context": c}, task="a"), base(x, c))

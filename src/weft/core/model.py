@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weft.errors import PlanError, TaskError
+from weft.errors import DataError, PlanError, TaskError
 
 from .adapter import Records
 from .checks import adapter_tensors, check_plan
@@ -181,7 +181,8 @@ class MultiTaskModel(nn.Module):
 
         Raises:
             TaskError: an unknown task.
-            DataError: the number of names differs from the number of rows.
+            DataError: the number of names differs from the number of rows, or ``context`` is no
+                mapping.
         """
         batch = call_arguments(inputs, kwargs)
         rows = count_rows(*batch)
@@ -342,6 +343,11 @@ class MultiTaskModel(nn.Module):
         self, parts: Mapping[str, Arguments], context: Mapping[str, Any] | None
     ) -> tuple[dict[str, Any], dict[str, Records]]:
         states = {name: self._state(name) for name in parts}
+        if context is not None and not isinstance(context, Mapping):
+            raise DataError(
+                f"context= is a mapping for adapters, found {type(context).__name__}. A base with "
+                "an input of that name gets it in a dict: model({'x': x, 'context': c}, task=...)."
+            )
         return self._runner.run(states, parts, context or {}, training=self.training)
 
     def _penalty(self, records: Mapping[str, Records], charge: Mapping[str, float]) -> Tensor:
