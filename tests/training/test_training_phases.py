@@ -77,14 +77,14 @@ def test_too_few_epochs_for_a_plan_are_refused_before_training() -> None:
 
 
 def test_the_rate_rises_and_falls() -> None:
-    factor = rate_factor("cosine", 20, 4)
+    factor = rate_factor("cosine", [20], 4)
     rates = [factor(i) for i in range(20)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
     assert rates[4] == 1.0
     assert rates[4:] == sorted(rates[4:], reverse=True)
     assert 0.0 < rates[-1] < 0.02
     assert factor(20) == pytest.approx(0.0)
-    assert [rate_factor("constant", 5, 2)(i) for i in range(5)] == [0.5, 1.0, 1.0, 1.0, 1.0]
+    assert [rate_factor("constant", [5], 2)(i) for i in range(5)] == [0.5, 1.0, 1.0, 1.0, 1.0]
 
 
 def test_every_step_uses_the_rate_of_the_schedule_for_each_group() -> None:
@@ -107,7 +107,7 @@ def test_every_step_uses_the_rate_of_the_schedule_for_each_group() -> None:
         optimizer=lambda groups: Watched(groups, momentum=0.9),
         progress=False,
     )
-    factor = rate_factor("cosine", 6, 0)
+    factor = rate_factor("cosine", [6], 0)
     assert used == [
         [pytest.approx(0.1 * factor(i)), pytest.approx(0.5 * factor(i))] for i in range(6)
     ]

@@ -7,7 +7,7 @@ back without, and refuses to train until the method's own plan is handed in.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from itertools import groupby
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -17,12 +17,13 @@ from torch import Tensor
 from weft.adapters import INSERTIONS
 from weft.core.adapter import Records
 from weft.core.patch import Patch
-from weft.core.sharing import Created, Group, Penalty, Phase, Sharing
+from weft.core.sharing import Created, Group, Penalty, Phase, Sharing, Turn
 from weft.errors import BankError, PlanError
 from weft.patches import PATCHES
 
 from .documents import plain, tuples
 
+_FUNCTIONS = ("prepare", "each_epoch", "transition")
 _CORE = ("method", "options", "patches", "adapters", "created", "train_shared")
 
 
@@ -46,7 +47,9 @@ def encode_plan(plan: Sharing) -> dict[str, Any]:
         BankError: an option without a plain form, or a patch or insertion without a name.
     """
     lost = [f"charge {type(p).__name__}" for p in plan.penalties]
-    lost += [f"function of phase '{p.name}'" for p in plan.phases if p.prepare or p.transition]
+    for phase in plan.phases:
+        if any(getattr(phase, name) is not None for name in _FUNCTIONS):
+            lost.append(f"function of phase '{phase.name}'")
     groups = [{"match": list(g.match), "lr": g.lr, "decay": g.decay} for g in plan.groups]
     entry = {
         "method": plan.method,
@@ -60,9 +63,18 @@ def encode_plan(plan: Sharing) -> dict[str, Any]:
     }
     if lost:
         return {**entry, "not_stored": lost}
-    names = [f.name for f in fields(Phase) if f.name not in ("prepare", "transition")]
-    phases = [{name: getattr(phase, name) for name in names} for phase in plan.phases]
-    return {**entry, "phases": plain(phases, "phases")}
+    return {**entry, "phases": [_encode_phase(phase) for phase in plan.phases]}
+
+
+def _encode_phase(phase: Phase) -> dict[str, Any]:
+    values = {f.name: getattr(phase, f.name) for f in fields(phase) if f.name not in _FUNCTIONS}
+    encoded = {**values, "turns": [asdict(turn) for turn in phase.turns]}
+    return {name: plain(value, f"phase '{phase.name}'") for name, value in encoded.items()}
+
+
+def _decode_phase(entry: Mapping[str, Any]) -> Phase:
+    turns = tuple(Turn(**{k: tuples(v) for k, v in t.items()}) for t in entry["turns"])
+    return Phase(**{**{k: tuples(v) for k, v in entry.items()}, "turns": turns})
 
 
 def decode_plan(entry: Mapping[str, Any], created: Mapping[str, Tensor]) -> Sharing:
@@ -86,7 +98,7 @@ def decode_plan(entry: Mapping[str, Any], created: Mapping[str, Tensor]) -> Shar
         penalties=(guard,) if guard else (),
         phases=(Phase("not stored", prepare=guard.prepare),)
         if guard
-        else tuple(Phase(**{k: tuples(v) for k, v in p.items()}) for p in entry["phases"]),
+        else tuple(_decode_phase(phase) for phase in entry["phases"]),
         groups=tuple(Group(**{k: tuples(v) for k, v in g.items()}) for g in entry["groups"]),
         refused=entry["refused"],
     )

@@ -300,6 +300,10 @@ class MultiTaskModel(nn.Module):
         """The plan that the task was made by."""
         return self._state(task).sharing
 
+    def is_hardened(self, task: str) -> bool:
+        """Whether the task had gates and they are final."""
+        return bool(self._state(task).scores)
+
     # ----------------------------------------------------- storing and leaving
 
     def harden(self, task: str) -> None:

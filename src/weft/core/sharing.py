@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from weft.errors import PlanError
+
 from .adapter import Insertion, Records
 from .patch import Patch
 
@@ -99,6 +101,32 @@ class Created:
 
 
 @dataclass(frozen=True)
+class Turn:
+    """A part of every epoch of a phase: what trains in it, on which data, at which price.
+
+    Args:
+        name: for readers.
+        train: patterns (shell style) of the own and shared keys that train.
+        freeze: patterns of those among them that do not.
+        heads: whether heads train.
+        penalty: factor on the plan's penalties.
+        data: the slice ``(from, to)`` of the training split that it sees, in shares of it; the
+            turns of a phase divide each epoch in proportion to the lengths of their slices.
+    """
+
+    name: str
+    train: tuple[str, ...] = ("*",)
+    freeze: tuple[str, ...] = ()
+    heads: bool = True
+    penalty: float = 1.0
+    data: tuple[float, float] = (0.0, 1.0)
+
+    def trains(self, key: str) -> bool:
+        """Whether the tensor of this key trains."""
+        return _matches(key, self.train) and not _matches(key, self.freeze)
+
+
+@dataclass(frozen=True)
 class Phase:
     """A stretch of training: what trains, on which data, at which price, for how long.
 
@@ -106,25 +134,43 @@ class Phase:
         name: shown in progress and history.
         epochs: its length in epochs, or None for a share of what the exact ones leave.
         share: its weight among the phases without exact epochs.
-        freeze: patterns (shell style) of own and shared keys that do not train in this phase.
+        train: patterns (shell style) of the own and shared keys that train in this phase.
+        freeze: patterns of those among them that do not.
+        heads: whether heads train.
         penalty: factor on the plan's penalties in this phase.
         data: the slice ``(from, to)`` of the training split that it sees, in shares of it.
+        turns: parts of each epoch, in order, in place of ``train``, ``freeze``, ``heads``,
+            ``penalty`` and ``data`` for the whole of it.
+        restart: whether everything that ``freeze`` does not name starts again, when the phase
+            begins, from the values it had when training began: tensors, running statistics, heads.
+            The optimiser forgets them, and the learning rate runs through its schedule anew.
         selectable: whether its epochs may be kept as the best one.
         prepare: run before the phase with the model and the training data by task, for
             data-dependent initialisation or saliency.
+        each_epoch: run before each of its epochs with the model, the tasks in the phase, the
+            epoch's number within the phase, from 0, and the phase's epochs; for schedules of what
+            adapters hold in buffers.
         transition: run at its end (or every ``every`` steps) with the model, the own tensors by
             task and their gradients, for instance to drop and grow a mask.
         every: steps between transitions, or None for once at the end.
+
+    Raises:
+        PlanError: turns are given together with what they replace.
     """
 
     name: str
     epochs: int | None = None
     share: float = 1.0
+    train: tuple[str, ...] = ("*",)
     freeze: tuple[str, ...] = ()
+    heads: bool = True
     penalty: float = 1.0
     data: tuple[float, float] = (0.0, 1.0)
+    turns: tuple[Turn, ...] = ()
+    restart: bool = False
     selectable: bool = True
     prepare: Callable[[MultiTaskModel, Mapping[str, Iterable[Any]]], None] | None = None
+    each_epoch: Callable[[MultiTaskModel, tuple[str, ...], int, int], None] | None = None
     transition: (
         Callable[
             [
@@ -138,9 +184,33 @@ class Phase:
     ) = None
     every: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.turns and self._whole != Turn(self.name):
+            raise PlanError(
+                f"Phase '{self.name}' has turns; say in them what trains, on which data and at "
+                "which price, not in the phase."
+            )
+
+    @property
+    def _whole(self) -> Turn:
+        return Turn(self.name, self.train, self.freeze, self.heads, self.penalty, self.data)
+
+    @property
+    def parts(self) -> tuple[Turn, ...]:
+        """The turns of each epoch; one over all of it if none were given."""
+        return self.turns or (self._whole,)
+
     def trains(self, key: str) -> bool:
-        """Whether the tensor of this key trains in this phase."""
-        return not any(fnmatchcase(key, pattern) for pattern in self.freeze)
+        """Whether the tensor of this key trains in some part of this phase."""
+        return any(part.trains(key) for part in self.parts)
+
+    def keeps(self, key: str) -> bool:
+        """Whether the tensor of this key stays as it is when the phase starts again."""
+        return _matches(key, self.freeze)
+
+
+def _matches(key: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(key, pattern) for pattern in patterns)
 
 
 @dataclass(frozen=True)
@@ -159,7 +229,7 @@ class Group:
 
     def takes(self, key: str) -> bool:
         """Whether the tensor of this key belongs to the group."""
-        return any(fnmatchcase(key, pattern) for pattern in self.match)
+        return _matches(key, self.match)
 
 
 def _frozen(mapping: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from weft.core.model import MultiTaskModel
 from weft.core.sites import named_tensors
+from weft.core.state import unescape
 from weft.errors import TrainingError
 
 from .files import write_whole
@@ -87,6 +88,38 @@ def restore(model: MultiTaskModel, tasks: tuple[str, ...], copies: Parts) -> Non
     for part, tensors in copies.items():
         for name, tensor in tensors.items():
             parts[part][name].copy_(tensor)
+
+
+@torch.no_grad()
+def put_back(
+    model: MultiTaskModel, tasks: tuple[str, ...], copies: Parts, freeze: Callable[[str], bool]
+) -> list[Tensor]:
+    """Put back all of a snapshot but what is frozen, for a phase that starts again.
+
+    Args:
+        model: the model that the snapshot was taken of.
+        tasks: the tasks of the snapshot to put back, and what they train together.
+        copies: the snapshot.
+        freeze: whether the own or shared tensor of a key stays as it is.
+
+    Returns:
+        The tensors that were put back.
+    """
+    changed = []
+    for part, tensors in _parts(model, tasks).items():
+        for name, tensor in tensors.items():
+            key = _key(part, name)
+            if key is None or not freeze(key):
+                tensor.copy_(copies[part][name])
+                changed.append(tensor)
+    return changed
+
+
+def _key(part: str, name: str) -> str | None:
+    """The key of an own or shared tensor of a snapshot; None for one of a head."""
+    if part == SHARED:
+        return name.removeprefix("base.") if name.startswith("base.") else unescape(name)
+    return unescape(name.removeprefix("own.")) if name.startswith("own.") else None
 
 
 def _shape(shape: torch.Size | None) -> str:

@@ -2,33 +2,51 @@
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_right
 from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, nn
 
 from weft.core.model import MultiTaskModel
-from weft.core.sharing import Phase
+from weft.core.sharing import Phase, Turn
+from weft.errors import TrainingError
 
 from .batches import Loader
 from .loaders import share_of_process, slice_loader
 from .processes import Processes
-from .schedule import phase_of_each_epoch
+from .schedule import divide, phase_of_each_epoch
 from .settings import Settings
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Consecutive steps of an epoch in which every task has one turn.
+
+    Args:
+        steps: how many.
+        turns: by task.
+    """
+
+    steps: int
+    turns: Mapping[str, Turn]
 
 
 class Phases:
     """The phases of the tasks of one run.
 
     Args:
-        model: the model.
+        model: the model; all heads are built.
         train: by task, training batches.
         steps: batches in an epoch.
         settings: what was asked for.
         processes: that train together.
 
     Raises:
-        TrainingError: too few epochs for the phases of a plan.
+        TrainingError: too few epochs for the phases of a plan, or too few steps for its turns.
     """
 
     def __init__(
@@ -43,54 +61,124 @@ class Phases:
         self._train = train
         self._seed = settings.seed
         self._processes = processes
-        self._updates = settings.updates(steps)
         self._course: dict[str, list[Phase]] = {}
         for task in train:
             plan = model.plan(task)
-            self._course[task] = phase_of_each_epoch(plan.phases, settings.epochs, plan.method)
+            # Final gates have nothing left to choose: training goes on as one phase.
+            phases = (Phase("train"),) if model.is_hardened(task) else plan.phases
+            self._course[task] = phase_of_each_epoch(phases, settings.epochs, plan.method)
+        self._stretches = [self._divided(epoch, steps) for epoch in range(settings.epochs)]
+        self._updates = [
+            sum(math.ceil(stretch.steps / settings.accumulate) for stretch in epoch)
+            for epoch in self._stretches
+        ]
         self._own: dict[str, dict[str, nn.Parameter]] = {t: model.trainable(t) for t in train}
+        self._heads: dict[str, list[nn.Parameter]] = {}
+        for task in train:
+            head = model.head(task)
+            parameters = [] if head is None else head.parameters()
+            self._heads[task] = [p for p in parameters if p.requires_grad]
         self.shared = model.shared_trainable()
         self._parts: dict[tuple[str, tuple[float, float]], Loader] = {}
         self._shares: dict[tuple[str, tuple[float, float]], Loader] = {}
+
+    # ------------------------------------------------------------------ the course
 
     def of(self, epoch: int) -> dict[str, Phase]:
         """By task, the phase of an epoch."""
         return {task: course[epoch] for task, course in self._course.items()}
 
-    def loaders(self, epoch: int) -> dict[str, Loader]:
-        """By task, this process's training batches of an epoch."""
-        found = {}
-        for task, phase in self.of(epoch).items():
-            if (task, phase.data) not in self._shares:
-                loader = self._part(task, phase)
-                self._shares[task, phase.data] = share_of_process(
-                    loader, self._processes.index, self._processes.count, task
-                )
-            found[task] = self._shares[task, phase.data]
+    def stretches(self, epoch: int) -> list[Stretch]:
+        """The parts of an epoch, in order."""
+        return self._stretches[epoch]
+
+    @property
+    def restarts(self) -> bool:
+        """Whether some phase starts again from the beginning."""
+        return any(phase.restart for course in self._course.values() for phase in course)
+
+    def updates_between_restarts(self) -> list[int]:
+        """Optimiser steps of the stretches of the run, each with a schedule of its own."""
+        found = [0]
+        for epoch, updates in enumerate(self._updates):
+            if epoch and any(phase.restart for phase, _ in self.beginning(epoch)):
+                found.append(0)
+            found[-1] += updates
         return found
 
-    def _part(self, task: str, phase: Phase) -> Loader:
-        if (task, phase.data) not in self._parts:
-            loader = slice_loader(self._train[task], phase.data, self._seed, task)
-            self._parts[task, phase.data] = loader
-        return self._parts[task, phase.data]
+    def beginning(self, epoch: int) -> list[tuple[Phase, list[str]]]:
+        """The phases whose first epoch this is, with the tasks that are in them."""
+        phases = _tasks_of_each(self.of(epoch))
+        return [(phase, t) for phase, t in phases if self._start(t[0], phase) == epoch]
+
+    def _divided(self, epoch: int, steps: int) -> list[Stretch]:
+        ends: dict[str, list[int]] = {}
+        for task, phase in self.of(epoch).items():
+            if steps < len(phase.parts):
+                raise TrainingError(
+                    f"Phase '{phase.name}' divides every epoch into {len(phase.parts)} turns, "
+                    f"which {steps} steps are too few for. Use smaller batches or more data."
+                )
+            lengths = divide(steps, [turn.data[1] - turn.data[0] for turn in phase.parts])
+            ends[task] = list(accumulate(lengths))
+        bounds = sorted({0, *(end for task in ends for end in ends[task])})
+        return [
+            Stretch(
+                after - before,
+                {t: p.parts[bisect_right(ends[t], before)] for t, p in self.of(epoch).items()},
+            )
+            for before, after in pairwise(bounds)
+        ]
+
+    def _start(self, task: str, phase: Phase) -> int:
+        return next(epoch for epoch, p in enumerate(self._course[task]) if p is phase)
+
+    # ------------------------------------------------------------------- one epoch
 
     def enter(self, epoch: int) -> None:
-        """Let each task's phase say what trains; prepare phases that begin.
+        """Begin an epoch: prepare phases that begin, and let all follow their schedules.
 
         A phase is prepared in eval mode, and on the whole data also where processes divide it.
         """
-        phases = self.of(epoch)
-        for task, phase in phases.items():
+        self.begin(self._stretches[epoch][0])
+        self._model.eval()
+        for phase, tasks in self.beginning(epoch):
+            if phase.prepare is not None:
+                data = phase.parts[0].data
+                phase.prepare(self._model, {task: self._part(task, data) for task in tasks})
+        for phase, tasks in _tasks_of_each(self.of(epoch)):
+            if phase.each_epoch is not None:
+                course, start = self._course[tasks[0]], self._start(tasks[0], phase)
+                length = sum(p is phase for p in course)
+                with torch.no_grad():
+                    phase.each_epoch(self._model, tuple(tasks), epoch - start, length)
+
+    def begin(self, stretch: Stretch) -> None:
+        """Let each task's turn say what trains."""
+        for task, turn in stretch.turns.items():
             for key, parameter in self._own[task].items():
-                parameter.requires_grad_(phase.trains(key))
+                parameter.requires_grad_(turn.trains(key))
+            for parameter in self._heads[task]:
+                parameter.requires_grad_(turn.heads)
             if self._model.plan(task) is self._model.sharing:
                 for key, parameter in self.shared.items():
-                    parameter.requires_grad_(phase.trains(key))
-        for phase, tasks in _tasks_of_each(phases):
-            if phase.prepare is not None and self._start(tasks[0], phase) == epoch:
-                self._model.eval()
-                phase.prepare(self._model, {task: self._part(task, phase) for task in tasks})
+                    parameter.requires_grad_(turn.trains(key))
+
+    def loaders(self, stretch: Stretch) -> dict[str, Loader]:
+        """By task, this process's training batches of a stretch."""
+        found = {}
+        for task, turn in stretch.turns.items():
+            if (task, turn.data) not in self._shares:
+                self._shares[task, turn.data] = share_of_process(
+                    self._part(task, turn.data), self._processes.index, self._processes.count, task
+                )
+            found[task] = self._shares[task, turn.data]
+        return found
+
+    def _part(self, task: str, data: tuple[float, float]) -> Loader:
+        if (task, data) not in self._parts:
+            self._parts[task, data] = slice_loader(self._train[task], data, self._seed, task)
+        return self._parts[task, data]
 
     def after_update(self, epoch: int, update: int) -> None:
         """Run transitions that are due, while the gradients of the update are still there.
@@ -105,18 +193,15 @@ class Phases:
             start, course = self._start(tasks[0], phase), self._course[tasks[0]]
             if phase.every is None:
                 last = epoch + 1 == len(course) or course[epoch + 1] is not phase
-                due = last and update + 1 == self._updates
+                due = last and update + 1 == self._updates[epoch]
             else:
-                due = ((epoch - start) * self._updates + update + 1) % phase.every == 0
+                due = (sum(self._updates[start:epoch]) + update + 1) % phase.every == 0
             if due:
                 own: dict[str, Mapping[str, Tensor]]
                 own = {task: dict(self._model.tasks[task].own) for task in tasks}
                 gradients = {task: {k: t.grad for k, t in own[task].items()} for task in tasks}
                 with torch.no_grad():
                     phase.transition(self._model, own, gradients)
-
-    def _start(self, task: str, phase: Phase) -> int:
-        return next(epoch for epoch, p in enumerate(self._course[task]) if p is phase)
 
 
 def _tasks_of_each(phases: Mapping[str, Phase]) -> list[tuple[Phase, list[str]]]:

@@ -12,16 +12,15 @@ from accelerate import Accelerator
 from torch import nn
 
 from weft.core.model import MultiTaskModel
-from weft.core.sharing import Phase
 from weft.errors import PlanError, TrainingError
 
 from .batches import Loader, to_device, together
-from .checkpoint import restore, snapshot
+from .checkpoint import put_back, restore, snapshot
 from .evaluation import evaluate, score_of
 from .history import Callback, Epoch, History, Row
 from .loaders import reseed
 from .optimization import OptimizerChoice, PullToBase, make_optimizer, parameter_groups
-from .phases import Phases
+from .phases import Phases, Stretch
 from .processes import Processes
 from .progress import Display
 from .randomness import derived_seed, seed_everything
@@ -89,14 +88,15 @@ class Run:
         self._inner = make_optimizer(optimizer, groups, settings.momentum)
         self._pull = PullToBase(model, self.tasks, self._inner, settings.weight_decay)
         self._rates: list[float] = [group["lr"] for group in self._inner.param_groups]
-        updates = settings.epochs * settings.updates(steps)
-        self._factor = rate_factor(settings.schedule, updates, settings.warmup_steps)
+        stretches = self._phases.updates_between_restarts()
+        self._factor = rate_factor(settings.schedule, stretches, settings.warmup_steps)
         self._optimizer = accelerator.prepare(self._inner)
         with warnings.catch_warnings():
             # Its successor is not in every torch that this library runs on.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             self._step = accelerator.prepare(TrainingStep(model, settings.weights))
         self._last = snapshot(model, self.tasks)
+        self._start = self._last if self._phases.restarts else None
 
     # ------------------------------------------------------------------ an epoch
 
@@ -119,7 +119,7 @@ class Run:
         phases = self._phases.of(self.epoch)
         seeds = self._begin()
         display.begin(self.epoch, phases[self.tasks[0]].name)
-        means = self._train_steps(phases, seeds, display)
+        means = self._train_steps(seeds, display)
         self._average_statistics()
         check_parameters(self._parameters, self.epoch)
         seconds = round(time.perf_counter() - started, 3)
@@ -166,21 +166,49 @@ class Run:
         for loaders in (self._train, self._validation):
             for task, loader in loaders.items():
                 reseed(loader, seeds[task])
+        for phase, tasks in self._phases.beginning(epoch):
+            if phase.restart and self._start is not None:
+                for tensor in put_back(self.model, tuple(tasks), self._start, phase.keeps):
+                    self._inner.state.pop(tensor, None)
         seed_everything(derived_seed(seed, epoch))  # all processes prepare a phase alike
         self._phases.enter(epoch)
         seed_everything(derived_seed(seed, epoch, "process", self._processes.index))
         return seeds
 
-    def _train_steps(
-        self, phases: Mapping[str, Phase], seeds: Mapping[str, int], display: Display
-    ) -> Figures:
+    def _train_steps(self, seeds: Mapping[str, int], display: Display) -> Figures:
         """All steps of the epoch; the means of their numbers over steps and processes."""
-        steps, accumulate = self._steps, self._set.accumulate
-        charge = {task: phase.penalty for task, phase in phases.items()}
         sums = [0.0] * (2 + len(self.tasks))
         self.model.train()
         self._forget_gradients()
-        loaders = self._phases.loaders(self.epoch)
+        done, updates = 0, 0
+        for place, stretch in enumerate(self._phases.stretches(self.epoch)):
+            self._phases.begin(stretch)
+            if place:
+                seeds = {task: derived_seed(seed, place) for task, seed in seeds.items()}
+            for figures, boundary in self._stretch(stretch, seeds, done):
+                if boundary:
+                    self._update(updates)
+                    updates += 1
+                numbers = (figures.total, figures.penalty, *figures.losses.values())
+                sums = [a + b for a, b in zip(sums, numbers, strict=True)]
+                display.step(figures.losses)
+            done += stretch.steps
+        means = self._processes.mean([value / self._steps for value in sums])
+        return Figures(means[0], means[1], dict(zip(self.tasks, means[2:], strict=True)))
+
+    def _stretch(
+        self, stretch: Stretch, seeds: Mapping[str, int], done: int
+    ) -> Iterator[tuple[Figures, bool]]:
+        """Forward and backward of a stretch's steps; whether an optimiser step is due after each.
+
+        Args:
+            stretch: which turns.
+            seeds: by task, of its data.
+            done: the steps of the epoch before it.
+        """
+        steps, accumulate = stretch.steps, self._set.accumulate
+        charge = {task: turn.penalty for task, turn in stretch.turns.items()}
+        loaders = self._phases.loaders(stretch)
         for index, batches in enumerate(together(loaders, steps, seeds)):
             batches = to_device(batches, self._accelerator.device)
             place = index % accumulate
@@ -189,15 +217,9 @@ class Run:
             with nullcontext() if boundary else self._accelerator.no_sync(self._step):
                 result = self._step(batches, charge)
                 figures = figures_of(result)
-                self._check_finite(figures, batches, self.epoch * steps + index)
+                self._check_finite(figures, batches, self.epoch * self._steps + done + index)
                 self._accelerator.backward(result["total"] / size)
-            if boundary:
-                self._update(index // accumulate)
-            numbers = (figures.total, figures.penalty, *figures.losses.values())
-            sums = [a + b for a, b in zip(sums, numbers, strict=True)]
-            display.step(figures.losses)
-        means = self._processes.mean([value / steps for value in sums])
-        return Figures(means[0], means[1], dict(zip(self.tasks, means[2:], strict=True)))
+            yield figures, boundary
 
     def _check_finite(
         self, figures: Figures, batches: Mapping[str, tuple[Any, Any]], step: int
@@ -271,6 +293,7 @@ class Run:
             "epoch": self.epoch,
             "updates": self._updates,
             "stopped": self._stopped,
+            "start": self._start,
             "last": self._last,
             "selection": self._selection.state(),
             "optimizer": self._inner.state_dict(),
@@ -294,7 +317,7 @@ class Run:
         if state["scaler"] is not None and self._accelerator.scaler is not None:
             self._accelerator.scaler.load_state_dict(state["scaler"])
         self._selection.load(state["selection"])
-        self._last = state["last"]
+        self._start, self._last = state["start"], state["last"]
         self.history = History(state["rows"])
         self.epoch, self._updates = state["epoch"], state["updates"]
         self._stopped = state["stopped"]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Literal
 
 from weft.core.sharing import Phase
@@ -38,7 +40,7 @@ def phase_of_each_epoch(phases: tuple[Phase, ...], epochs: int, method: str) -> 
             f"at least {need} epochs, found epochs={epochs}. Train longer, or shorten the phases "
             "by the method's options."
         )
-    lengths = _divide(rest, [p.share for p in flexible])
+    lengths = divide(rest, [p.share for p in flexible])
     course: list[Phase] = []
     for phase in phases:
         length = lengths.pop(0) if phase.epochs is None else phase.epochs
@@ -47,7 +49,7 @@ def phase_of_each_epoch(phases: tuple[Phase, ...], epochs: int, method: str) -> 
     return course + [phases[-1]] * (epochs - len(course))
 
 
-def _divide(total: int, shares: list[float]) -> list[int]:
+def divide(total: int, shares: list[float]) -> list[int]:
     """Whole numbers that add up to the total, each at least one, nearest to the shares."""
     if not shares:
         return []
@@ -62,25 +64,31 @@ def _divide(total: int, shares: list[float]) -> list[int]:
     return lengths
 
 
-def rate_factor(schedule: Schedule, steps: int, warmup: int) -> Callable[[int], float]:
+def rate_factor(
+    schedule: Schedule, stretches: Sequence[int], warmup: int
+) -> Callable[[int], float]:
     """The factor on the learning rate at each optimiser step.
 
     Args:
         schedule: "cosine" falls towards zero, which it would reach one step after the last;
             "constant" stays.
-        steps: optimiser steps of the whole run.
-        warmup: steps over which the rate rises linearly to its full value.
+        stretches: optimiser steps of the stretches of the run; each runs through the schedule.
+        warmup: steps over which the rate rises linearly to its full value, in each stretch.
 
     Returns:
         A function of the step, counted from 0.
     """
+    ends = list(accumulate(stretches))
 
     def factor(step: int) -> float:
+        place = min(bisect_right(ends, step), len(ends) - 1)
+        length = stretches[place]
+        step -= ends[place] - length
         if step < warmup:
             return (step + 1) / warmup
         if schedule == "constant":
             return 1.0
-        done = (step - warmup) / max(1, steps - warmup)
+        done = (step - warmup) / max(1, length - warmup)
         return 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0)))
 
     return factor
