@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import weft
-from weft.errors import DataError
+from weft.errors import DataError, PlanError
 
 
 def test_a_wrong_input_shape_is_named_with_the_right_one() -> None:
@@ -74,3 +74,51 @@ def test_a_base_with_an_input_called_context_gets_it_in_a_dict() -> None:
     with pytest.raises(DataError, match="gets it in a dict"):
         model(x, context=c, task="a")
     assert torch.equal(model({"x": x, "context": c}, task="a"), base(x, c))
+
+
+class _Recurrent(nn.Module):
+    """Takes a state of shape (layers, rows, size) beside its input, or none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.GRU(3, 4, num_layers=2, batch_first=True)
+
+    def forward(
+        self, x: torch.Tensor, start: torch.Tensor | None = None, scale: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        output = self.cell(x, start)[0][:, -1]
+        return output if scale is None else output * scale
+
+
+def _two_tasks() -> weft.MultiTaskModel:
+    base = _Recurrent()
+    model = weft.MultiTaskModel(base, weft.bias_only(base), example=torch.zeros(1, 5, 3))
+    for name in "ab":
+        model.add_task(name, weft.Classification(2))
+        for parameter in model.task_parameters(name):
+            nn.init.normal_(parameter)
+    return model.eval()
+
+
+def test_a_mixed_batch_refuses_inputs_without_rows_first() -> None:
+    model = _two_tasks()
+    x, start = torch.randn(3, 5, 3), torch.randn(2, 3, 4)
+    assert model({"x": x, "start": start}, task="a").shape == (3, 2)
+    with pytest.raises(DataError, match=r"found shape \(2, 3, 4\) in a batch of 3 rows"):
+        model({"x": x, "start": start}, task=["a", "b", "a"])
+
+
+def test_a_mixed_batch_gives_inputs_of_one_row_to_all_rows() -> None:
+    model = _two_tasks()
+    x, scale = torch.randn(3, 5, 3), torch.randn(1, 4)
+    mixed = model(x, scale=scale, task=["a", "b", "a"])
+    for row, name in enumerate("aba"):
+        alone = model(x[row : row + 1], scale=scale, task=name)
+        torch.testing.assert_close(mixed[row : row + 1], alone)
+
+
+def test_a_base_that_cannot_be_copied_is_refused_with_a_way_out() -> None:
+    base = nn.Linear(3, 2)
+    base.cached = base(torch.randn(1, 3))  # a tensor inside a graph
+    with pytest.raises(PlanError, match="a Linear, cannot be copied.*weight normalisation"):
+        weft.MultiTaskModel(base, weft.full_finetune(base))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weft.core.ledger import Ledger, Row, gate_scores, harden
+from weft.core.ledger import Ledger, Row, gate_scores, hardened
 from weft.core.model import MultiTaskModel
 from weft.core.sharing import Sharing
 from weft.core.sites import named_tensors
@@ -76,7 +76,8 @@ def write_bundle(
         TaskError: the head is not built yet.
     """
     state, head = model.tasks[task], model.head(task)
-    patches, own = _hardened(model, state)
+    base = dict(named_tensors(model.base))
+    patches, own = hardened(base, state.patches, state.own, model.shared)
     heads = {} if head is None else dict(named_tensors(head))
     scores = {**state.scores, **gate_scores(state.patches, state.own)}
     files = {OWN: files_of.to_bytes(own)}
@@ -109,16 +110,6 @@ def write_bundle(
     for name, data in files.items():
         write_file(place / name, data)
     write_file(place / BUNDLE, render("bundle", entry))
-
-
-def _hardened(model: MultiTaskModel, state: TaskState) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What `MultiTaskModel.harden` would leave of the task."""
-    read = {key for name, patch in state.patches.items() for key in patch.keys(name)}
-    added = {key: t for key, t in state.own.items() if key not in read}
-    tensors = {**model.shared, **state.own}
-    with torch.no_grad():
-        patches, own = harden(dict(named_tensors(model.base)), state.patches, tensors)
-    return patches, {**own, **added}
 
 
 def _output(model: MultiTaskModel) -> str | int | bool | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from .patch import Patch
@@ -109,18 +110,36 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def harden(
-    base: Mapping[str, Tensor], patches: Mapping[str, Patch], tensors: Mapping[str, Tensor]
+@torch.no_grad()
+def hardened(
+    base: Mapping[str, Tensor],
+    patches: Mapping[str, Patch],
+    own: Mapping[str, Tensor],
+    shared: Mapping[str, Tensor],
 ) -> tuple[dict[str, Patch], dict[str, Tensor]]:
-    """What remains of a task's patches and own tensors once its gates are final."""
+    """A task's patches and own tensors once its gates are final; tensors of adapters stay.
+
+    Args:
+        base: the base's tensors by name.
+        patches: the task's patches by base tensor name.
+        own: the task's own tensors by key.
+        shared: the shared tensors that the model's plan adds, by key.
+    """
+    tensors = {**shared, **own}
     kept: dict[str, Patch] = {}
-    own: dict[str, Tensor] = {}
+    remaining: dict[str, Tensor] = {}
     for name, patch in patches.items():
-        hardened, remaining = patch.harden(name, base[name], tensors)
-        if hardened is not None:
-            kept[name] = hardened
-            own.update(remaining)
-    return kept, own
+        final, left = patch.harden(name, base[name], tensors)
+        if final is not None:
+            kept[name] = final
+            remaining.update(left)
+    read = _read_by(patches)
+    return kept, {**remaining, **{key: t for key, t in own.items() if key not in read}}
+
+
+def _read_by(patches: Mapping[str, Patch]) -> set[str]:
+    """The keys of own tensors that patches read; the others belong to adapters."""
+    return {key for name, patch in patches.items() for key in patch.keys(name)}
 
 
 def gate_scores(patches: Mapping[str, Patch], own: Mapping[str, Tensor]) -> dict[str, float]:
@@ -151,9 +170,9 @@ def make_ledger(
     """
     tensors = dict(named_tensors(base))
     buffers = {name for name, t in tensors.items() if not isinstance(t, nn.Parameter)}
-    kept, hardened = harden(tensors, patches, {**(shared or {}), **own})
-    read = {key for name, patch in patches.items() for key in patch.keys(name)}
-    added = {key: t for key, t in own.items() if key not in read}
+    kept, remaining = hardened(tensors, patches, own, shared or {})
+    read = _read_by(kept)
+    added = {key: t for key, t in remaining.items() if key not in read}
     where = {n: s for s in reversed(sites(base)) for n in s.parameters + s.statistics}
     scores = {**gate_scores(patches, own), **known_scores}
 
@@ -171,8 +190,8 @@ def make_ledger(
                 shared=name not in kept,
                 buffer=name in buffers,
                 size=tensor.numel(),
-                own=sum(hardened[k].numel() for k in keys),
-                own_bytes=sum(_bytes(hardened[k]) for k in keys),
+                own=sum(remaining[k].numel() for k in keys),
+                own_bytes=sum(_bytes(remaining[k]) for k in keys),
                 score=scores.get(name),
             )
         )

@@ -14,7 +14,7 @@ from weft.errors import DataError, PlanError, TaskError
 from .adapter import Records
 from .checks import adapter_tensors, check_plan
 from .folding import fold
-from .ledger import Ledger, gate_scores, harden, make_ledger
+from .ledger import Ledger, gate_scores, hardened, make_ledger
 from .rows import (
     Arguments,
     Rows,
@@ -312,13 +312,11 @@ class MultiTaskModel(nn.Module):
         Outputs do not change. `fit` does this at its end.
         """
         state = self._state(task)
-        own = state.own.to_dict()
+        own, shared = state.own.to_dict(), self.shared.to_dict()
         state.scores.update(gate_scores(state.patches, own))
-        read = {key for name, patch in state.patches.items() for key in patch.keys(name)}
-        added = {key: t for key, t in own.items() if key not in read}
-        tensors = {**self.shared.to_dict(), **own}
-        state.patches, kept = harden(self._runner.base_tensors(), state.patches, tensors)
-        state.own = TensorTable({**kept, **added})
+        base = self._runner.base_tensors()
+        state.patches, own = hardened(base, state.patches, own, shared)
+        state.own = TensorTable(own)
 
     def ledger(self, task: str) -> Ledger:
         """What the task owns, shares and costs, as it would be stored now."""

@@ -92,17 +92,26 @@ def places(names: Sequence[str]) -> dict[str, Tensor]:
 
 
 def select_rows(batch: Any, index: Tensor, rows: int) -> Any:
-    """The given rows of a batch; tensors whose first size is not the rows go along whole.
+    """The given rows of a batch; tensors of one row, or of no dimension, go along whole.
 
     Args:
-        batch: tensors in any structure.
+        batch: tensors in any structure, each with rows first or the same for all rows.
         index: (selected,) places of the rows.
         rows: the number of rows of the batch.
+
+    Raises:
+        DataError: a tensor has another first size, so what of it belongs to a row is unknown.
     """
 
     def select(tensor: Tensor) -> Tensor:
-        if tensor.dim() == 0 or tensor.shape[0] != rows:
+        if tensor.dim() == 0 or (tensor.shape[0] == 1 and rows > 1):
             return tensor
+        if tensor.shape[0] != rows:
+            raise DataError(
+                f"With a task per row every input has rows first, or one row for all: found shape "
+                f"{tuple(tensor.shape)} in a batch of {rows} rows. Bring it to rows first, or call "
+                "the model once per task."
+            )
         return tensor.index_select(0, index.to(tensor.device))
 
     return pytree.tree_map_only(Tensor, select, batch)

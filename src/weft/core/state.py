@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weft.errors import TaskError
+from weft.errors import PlanError, TaskError
 
 from .patch import Patch
 from .sharing import Sharing
@@ -191,6 +191,9 @@ def private_copy(base: nn.Module, own_storage: frozenset[str]) -> nn.Module:
     Args:
         base: the user's module, left alone.
         own_storage: names of tensors to copy for real, because they will train.
+
+    Raises:
+        PlanError: the module cannot be copied.
     """
     memo: dict[int, Any] = {}
     for name, tensor in named_tensors(base):
@@ -200,8 +203,16 @@ def private_copy(base: nn.Module, own_storage: frozenset[str]) -> nn.Module:
         trains = name in own_storage and (value.is_floating_point() or value.is_complex())
         is_parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(value, requires_grad=trains) if is_parameter else value
-    with torch.no_grad():
-        return copy.deepcopy(base, memo)
+    try:
+        with torch.no_grad():
+            return copy.deepcopy(base, memo)
+    except (RuntimeError, TypeError) as error:
+        raise PlanError(
+            f"The base, a {type(base).__name__}, cannot be copied: {error}. A base holds its "
+            "tensors as parameters and buffers. Remove tensors that it keeps from an earlier "
+            "forward, and old weight normalisation (torch.nn.utils.remove_weight_norm); "
+            "torch.nn.utils.parametrizations.weight_norm works."
+        ) from error
 
 
 def same_values(one: Tensor, other: Tensor) -> bool:
