@@ -14,17 +14,19 @@ from weft.core.sharing import Penalty
 
 @dataclass(frozen=True)
 class L1Scores(Penalty):
-    """``weight * sum_i |s_i| / norm`` over the gate scores of each task.
+    """``price * sum_i share_i |s_i|`` over the gate scores of each task.
 
     Args:
-        weight: the price of a score.
+        weight: the price, where it is fixed.
         scores: keys of the scores.
-        norm: what the sum is divided by, usually the number of gates.
+        shares: what each score weighs, usually one over the number of gates.
+        price: key of a task's own tensor that holds its price in place of ``weight``.
     """
 
     weight: float
     scores: tuple[str, ...]
-    norm: int
+    shares: tuple[float, ...]
+    price: str | None = None
 
     def __call__(
         self,
@@ -32,8 +34,16 @@ class L1Scores(Penalty):
         own: Mapping[str, Mapping[str, Tensor]],
         shared: Mapping[str, Tensor],
     ) -> Tensor:
-        # A hardened task has no scores left and pays nothing.
-        scores = [t[key] for t in own.values() for key in self.scores if key in t]
-        if not scores:
-            return next(iter(shared.values()), torch.zeros(())).new_zeros((), dtype=torch.float32)
-        return self.weight / self.norm * torch.stack(scores).abs().sum()
+        total = next(iter(shared.values()), torch.zeros(())).new_zeros((), dtype=torch.float32)
+        for tensors in own.values():
+            # A hardened task has no scores left and pays nothing.
+            if self.scores[0] in tensors:
+                scores = torch.stack([tensors[key] for key in self.scores])
+                price = self.weight if self.price is None else tensors[self.price]
+                total = total + price * (scores.abs() * scores.new_tensor(self.shares)).sum()
+        return total
+
+    def figures(self, own: Mapping[str, Tensor]) -> dict[str, float]:
+        if self.price is None or self.price not in own:
+            return {}
+        return {"price": float(own[self.price])}

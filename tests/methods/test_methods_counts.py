@@ -39,8 +39,8 @@ def test_taps_has_one_gate_per_convolution(name: str, gates: int) -> None:
     plan = weft.taps(network(name), penalty=1.0)
     (penalty,) = plan.penalties
     assert len(penalty.scores) == len(set(penalty.scores)) == gates
-    assert penalty.norm == gates
-    assert weft.taps(network(name), legacy_norm=52).penalties[0].norm == 52
+    assert penalty.shares == (1 / gates,) * gates
+    assert weft.taps(network(name), legacy_norm=52).penalties[0].shares == (1 / 52,) * gates
 
 
 def gate_order(net: nn.Module) -> list[str]:

@@ -248,7 +248,7 @@ def test_the_penalty_is_the_mean_absolute_score_of_each_task() -> None:
 
 
 def test_a_penalty_without_scores_is_zero() -> None:
-    nothing = L1Scores(1.0, ("s",), 1)
+    nothing = L1Scores(1.0, ("s",), (1.0,))
     assert float(nothing({}, {"a": {}}, {})) == 0.0
 
 

@@ -49,6 +49,10 @@ class Penalty(ABC):
             shared: the shared tensors by key: those of the base and those that the plan adds.
         """
 
+    def figures(self, own: Mapping[str, Tensor]) -> dict[str, float]:  # noqa: ARG002
+        """What the history notes about one task in each epoch, for instance a price that moves."""
+        return {}
+
 
 def charges(
     plans: Mapping[str, Sharing],

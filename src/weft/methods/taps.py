@@ -6,29 +6,39 @@ for Multi-Task Learning", CVPR 2022, https://arxiv.org/abs/2203.16708.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal
 
 from torch import nn
 
 from weft.core.patch import Patch
 from weft.core.sharing import Group, Phase, Sharing
-from weft.core.sites import Kind, sites
+from weft.core.sites import Kind, named_tensors, sites
 from weft.errors import PlanError
 from weft.patches.gated import GatedResidual, GatedTuned
 from weft.penalties import L1Scores
 
+from .budget import Budget, ChooseWithin, DualAscent
 from .model_patches import norm_patches
+
+PRICE = "taps:price"
+"""Key of the price that a task's budget has reached."""
 
 
 def taps(
     base: nn.Module,
     *,
     penalty: float = 0.3,
+    budget: float | None = None,
+    charge: Literal["layers", "parameters"] | None = None,
     warmup: int = 3,
     harden: float = 0.3,
     initial_score: float = 0.15,
     threshold: float = 0.1,
-    form: Literal["tuned", "residual"] = "tuned",
+    form: Literal["tuned", "residual"] | None = None,
+    joint: bool = False,
     legacy_norm: int | None = None,
 ) -> Sharing:
     """Every convolution and linear layer has a gate per task; open layers are the task's own.
@@ -42,14 +52,20 @@ def taps(
     Args:
         base: a module with convolutions or linear layers.
         penalty: the price lambda of the scores, >= 0. More means fewer own layers. It is coupled
-            to the learning rate: sweep both.
+            to the learning rate: sweep both, or give a budget.
+        budget: how much a task may own, without its head: a share of the base's parameters in
+            (0, 1], or a whole number of bytes (running statistics included). The price then starts
+            at ``penalty`` and moves until what is open fits; each task ends at or under the budget.
+        charge: "layers" charges each gate 1/N, as the paper does; "parameters" charges it its
+            layer's share of the gated parameters. Default: "layers", with a budget "parameters".
         warmup: epochs without penalty at the start.
         harden: share of the epochs after the warm-up, in [0, 1), at the end of training in which
             scores are frozen and cost nothing, so that running statistics fit the final gates.
         initial_score: where scores start.
         threshold: scores at or over it are open.
         form: "tuned" chooses between base and tuned tensors and needs a frozen base; "residual"
-            adds a residual and works over a training base.
+            adds a residual and works over a training base. Default: what the base needs.
+        joint: whether the base trains too, together with the residuals and scores of all tasks.
         legacy_norm: divide by this number instead of the number of gates; the authors' code always
             divides by 52.
 
@@ -57,15 +73,19 @@ def taps(
         The plan.
 
     Raises:
-        PlanError: a wrong option, or nothing to gate.
+        PlanError: a wrong option, nothing to gate, or a budget below what is always owned.
 
     Differs from the paper in the final phase with frozen scores (``harden=0`` leaves it out): gates
     that flip in the last epochs leave running statistics that do not fit. A linear layer's bias
-    follows the gate of its weight.
+    follows the gate of its weight. Budgets and the charge by parameters are not in the paper.
     """
-    _check_options(penalty, warmup, harden, form, legacy_norm)
+    form = form or ("residual" if joint else "tuned")
+    charge = charge or ("layers" if budget is None else "parameters")
+    _check_options(penalty, budget, charge, warmup, harden, form, joint, legacy_norm)
+    price = PRICE if budget is not None else None
+    make = GatedTuned if form == "tuned" else GatedResidual
     patches: dict[str, Patch] = {}
-    scores: list[str] = []
+    gates: dict[str, tuple[str, ...]] = {}
     refused: dict[str, str] = {}
     for site in sites(base):
         if site.kind not in (Kind.LAYER, Kind.DEPTHWISE):
@@ -74,29 +94,77 @@ def taps(
             refused[site.name] = site.refusal
             continue
         score = f"{site.name}:score"
-        make = GatedTuned if form == "tuned" else GatedResidual
-        new = [name for name in site.parameters if name not in patches]
-        patches |= {name: make(score, initial_score, threshold) for name in new}
-        scores += [score] if new else []
-    if not scores:
+        new = tuple(name for name in site.parameters if name not in patches)
+        patches |= {n: make(score, initial_score, threshold, price, penalty) for n in new}
+        gates |= {score: new} if new else {}
+    if not gates:
         raise PlanError("taps gates convolutions and linear layers, and this base has none.")
+    norms = norm_patches(base)
+    shared = frozenset(n for site in sites(base) for n in site.parameters if n not in norms)
+    shares = _shares(base, gates, charge, legacy_norm)
+    phases = _phases(warmup, harden)
+    if budget is not None:
+        phases = _within(phases, _budget(base, budget, gates, norms, threshold))
     return Sharing(
         "taps",
         options={
             "penalty": penalty,
+            "budget": budget,
+            "charge": charge,
             "warmup": warmup,
             "harden": harden,
             "initial_score": initial_score,
             "threshold": threshold,
             "form": form,
+            "joint": joint,
             "legacy_norm": legacy_norm,
         },
-        patches={**patches, **norm_patches(base)},
-        penalties=(L1Scores(penalty, tuple(scores), legacy_norm or len(scores)),),
-        phases=_phases(warmup, harden),
+        patches={**patches, **norms},
+        train_shared=shared if joint else frozenset(),
+        penalties=(L1Scores(penalty, tuple(gates), shares, price),),
+        phases=phases,
         # Decay on scores would be a hidden second penalty; scales and shifts are not decayed.
-        groups=(Group(match=(*scores, *norm_patches(base)), decay=False),),
+        groups=(Group(match=(*gates, *norms), decay=False),),
         refused=refused,
+    )
+
+
+def _shares(
+    base: nn.Module, gates: Mapping[str, tuple[str, ...]], charge: str, legacy_norm: int | None
+) -> tuple[float, ...]:
+    if charge == "layers":
+        return (1.0 / (legacy_norm or len(gates)),) * len(gates)
+    size = {name: p.numel() for name, p in base.named_parameters()}
+    sizes = [sum(size[name] for name in names) for names in gates.values()]
+    return tuple(s / sum(sizes) for s in sizes)
+
+
+def _budget(
+    base: nn.Module,
+    budget: float,
+    gates: Mapping[str, tuple[str, ...]],
+    norms: Mapping[str, Patch],
+    threshold: float,
+) -> Budget:
+    if isinstance(budget, int) and budget != 1:
+        cost = {n: t.numel() * t.element_size() for n, t in named_tensors(base)}
+        most, unit = budget, "bytes"
+    else:
+        cost = {n: p.numel() for n, p in base.named_parameters()}
+        most, unit = math.floor(budget * sum(cost.values())), "parameters"
+    costs = tuple(sum(cost[name] for name in names) for names in gates.values())
+    fixed = sum(cost.get(name, 0) for name in norms)
+    found = Budget(tuple(gates), costs, fixed, most, threshold, PRICE)
+    found.check(unit)
+    return found
+
+
+def _within(phases: tuple[Phase, ...], budget: Budget) -> tuple[Phase, ...]:
+    *before, select, harden = phases
+    return (
+        *before,
+        replace(select, transition=DualAscent(budget), every=1),
+        replace(harden, prepare=ChooseWithin(budget)),
     )
 
 
@@ -111,15 +179,40 @@ def _phases(warmup: int, harden: float) -> tuple[Phase, ...]:
 
 
 def _check_options(
-    penalty: float, warmup: int, harden: float, form: str, legacy_norm: int | None
+    penalty: float,
+    budget: float | None,
+    charge: str,
+    warmup: int,
+    harden: float,
+    form: str,
+    joint: bool,
+    legacy_norm: int | None,
 ) -> None:
     if not penalty >= 0.0:
         raise PlanError(f"taps(penalty=...) is a number >= 0, found {penalty}.")
+    if budget is not None:
+        whole = isinstance(budget, int) and not isinstance(budget, bool)
+        if not (0.0 < budget <= 1.0 or (whole and budget > 1)):
+            raise PlanError(
+                "taps(budget=...) is a share of the base's parameters in (0, 1] or a whole number "
+                f"of bytes, found {budget!r}."
+            )
+        if harden == 0.0 or penalty == 0.0:
+            raise PlanError(
+                "taps(budget=...) chooses the final gates before the phase with frozen scores and "
+                "moves the price from where it starts: harden and penalty must not be 0."
+            )
+    if charge not in ("layers", "parameters"):
+        raise PlanError(f"taps(charge=...) is 'layers' or 'parameters', found {charge!r}.")
     if warmup < 0 or warmup != int(warmup):
         raise PlanError(f"taps(warmup=...) is a whole number of epochs >= 0, found {warmup}.")
     if not 0.0 <= harden < 1.0:
         raise PlanError(f"taps(harden=...) is a share in [0, 1), found {harden}.")
     if form not in ("tuned", "residual"):
         raise PlanError(f"taps(form=...) is 'tuned' or 'residual', found {form!r}.")
+    if joint and form == "tuned":
+        raise PlanError("taps(joint=True) trains the base, over which only form='residual' works.")
     if legacy_norm is not None and legacy_norm <= 0:
         raise PlanError(f"taps(legacy_norm=...) is a number > 0 or None, found {legacy_norm}.")
+    if legacy_norm is not None and charge == "parameters":
+        raise PlanError("taps(legacy_norm=...) goes with charge='layers', found 'parameters'.")

@@ -30,17 +30,27 @@ class _Gated(Patch, ABC):
         score: key of the gate's score; patches of one layer name the same key.
         initial: where scores start.
         threshold: scores at or over it are open.
+        price: key of a buffer with the price of the task's scores, for charges that move it.
+        initial_price: where it starts.
     """
 
     score: str
     initial: float = 0.15
     threshold: float = 0.1
+    price: str | None = None
+    initial_price: float = 0.0
 
     def _is_open(self, tensors: Mapping[str, Tensor]) -> bool:
         return bool(tensors[self.score] >= self.threshold)
 
-    def _new_score(self, base: Tensor) -> nn.Parameter:
-        return nn.Parameter(base.new_full((), self.initial))
+    def _gate_keys(self) -> tuple[str, ...]:
+        return (self.score,) if self.price is None else (self.score, self.price)
+
+    def _new_gate(self, base: Tensor) -> dict[str, Tensor]:
+        gate: dict[str, Tensor] = {self.score: nn.Parameter(base.new_full((), self.initial))}
+        if self.price is not None:
+            gate[self.price] = base.new_full((), self.initial_price)
+        return gate
 
     @abstractmethod
     def effective(self, name: str, base: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -70,11 +80,11 @@ class GatedTuned(_Gated):
     needs_frozen_base = True
 
     def keys(self, name: str) -> tuple[str, ...]:
-        return (f"{name}:tuned", self.score)
+        return (f"{name}:tuned", *self._gate_keys())
 
     def init(self, name: str, base: Tensor) -> dict[str, Tensor]:
         tuned = nn.Parameter(base.detach().clone())
-        return {f"{name}:tuned": tuned, self.score: self._new_score(base)}
+        return {f"{name}:tuned": tuned, **self._new_gate(base)}
 
     def anchored(self, name: str) -> tuple[str, ...]:
         return (f"{name}:tuned",)
@@ -93,11 +103,11 @@ class GatedResidual(_Gated):
     """The gate adds the task's residual to the base tensor, which may train as well."""
 
     def keys(self, name: str) -> tuple[str, ...]:
-        return (f"{name}:residual", self.score)
+        return (f"{name}:residual", *self._gate_keys())
 
     def init(self, name: str, base: Tensor) -> dict[str, Tensor]:
         residual = nn.Parameter(torch.zeros_like(base.detach()))
-        return {f"{name}:residual": residual, self.score: self._new_score(base)}
+        return {f"{name}:residual": residual, **self._new_gate(base)}
 
     def compose(self, name: str, base: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         residual, score = tensors[f"{name}:residual"], tensors[self.score]

@@ -17,7 +17,8 @@ Row = dict[str, Any]
 """``{epoch, phase, loss, penalty, lr, seconds, val, open_gates, gates, own_fraction}``.
 
 Losses and penalties are means over the epoch's steps; the penalty is that of all tasks of the step;
-the learning rate is that of the epoch's last step, before the factors of groups.
+the learning rate is that of the epoch's last step, before the factors of groups. A plan's penalties
+may add figures, for instance the ``price`` that a byte budget has reached.
 """
 
 

@@ -140,6 +140,8 @@ class Run:
                 "gates": gates,
                 "own_fraction": ledger.own_fraction,
             }
+            for penalty in self.model.plan(task).penalties:
+                rows[task].update(penalty.figures(self.model.tasks[task].own))
         self._last = snapshot(self.model, self.tasks)
         values = {t: score_of(self.model, t, s) for t, s in scores.items() if phases[t].selectable}
         self._selection.consider(self.epoch, values, self._last)
