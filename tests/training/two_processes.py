@@ -19,7 +19,7 @@ from training_nets import conv_net, dense_net, everything, images, in_order, mod
 
 import weft
 from weft.core.model import MultiTaskModel
-from weft.core.sharing import Phase, Sharing
+from weft.core.sharing import Phase, Sharing, Turn
 from weft.training import Epoch
 from weft.training.optimization import Groups
 
@@ -45,10 +45,21 @@ def _phased(base: nn.Module) -> Sharing:
     return replace(weft.full_finetune(base), phases=phases)
 
 
+def _turns(base: nn.Module) -> Sharing:
+    turns = (
+        Turn("bottom", freeze=("3.*",), data=(0.0, 0.5)),
+        Turn("top", train=("3.*",), heads=False, data=(0.5, 1.0)),
+    )
+    phases = (Phase("both", turns=turns), Phase("again", restart=True))
+    return replace(weft.hard_sharing(base, own="top", fraction=0.4), phases=phases)
+
+
 PLANS: dict[str, Plan] = {
     "taps": lambda base: weft.taps(base, warmup=1, harden=0.4, penalty=0.2),
     "hard_sharing": lambda base: weft.hard_sharing(base, own="top", fraction=0.4),
     "phased": _phased,
+    "hard_sharing one at a time": lambda base: weft.hard_sharing(base, own="top", fraction=0.4),
+    "turns": _turns,
 }
 
 
@@ -81,6 +92,7 @@ def run_dense(name: str, accumulate: int) -> dict[str, Any]:
         lr=0.1,
         clip=1.0,
         accumulate=accumulate,
+        one_at_a_time=name.endswith("one at a time"),
         weight_decay=0.01,
         warmup_steps=2,
         optimizer=lambda groups: Recording(groups, gradients),

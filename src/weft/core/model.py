@@ -242,13 +242,24 @@ class MultiTaskModel(nn.Module):
         Raises:
             PlanError: the plan charges for what adapters record in a forward; use `step`.
         """
-        plan = self._state(task).sharing
-        if any(penalty.needs_records for penalty in plan.penalties):
-            raise PlanError(
-                f"'{plan.method}' charges for what a forward records. Use model.step"
-                "({task: batch}), which computes outputs and penalty together."
-            )
-        return self._penalty({task: {}}, {})
+        return self.charges({task: 1.0})
+
+    def charges(self, charge: Mapping[str, float]) -> Tensor:
+        """What a step of these tasks is charged, a scalar to add to the sum of their losses.
+
+        Args:
+            charge: by task, a factor on its plan's penalties.
+
+        Raises:
+            PlanError: a plan charges for what adapters record in a forward; use `step`.
+        """
+        for plan in (self._state(task).sharing for task in charge):
+            if any(penalty.needs_records for penalty in plan.penalties):
+                raise PlanError(
+                    f"'{plan.method}' charges for what a forward records. Use model.step"
+                    "({task: batch}), which computes outputs and penalty together."
+                )
+        return self._penalty({task: {} for task in charge}, charge)
 
     def view(self, task: str) -> View:
         """The structure bound to one task's tensors: ``view(x)`` is its backbone output.

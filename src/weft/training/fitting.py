@@ -44,6 +44,7 @@ def fit(
     schedule: Schedule = "cosine",
     warmup_steps: int = 0,
     accumulate: int = 1,
+    one_at_a_time: bool = False,
     clip: float | None = None,
     steps: int | None = None,
     weights: Mapping[str, float] | None = None,
@@ -83,6 +84,9 @@ def fit(
         schedule: "cosine" to zero, or "constant".
         warmup_steps: optimiser steps over which the rate rises from zero.
         accumulate: batches per optimiser step; their gradients are averaged.
+        one_at_a_time: within each step, run the tasks' forwards and backwards one after the other:
+            the same gradients, while activations of one task at a time are in memory. Not for plans
+            that charge for what a forward records.
         clip: largest norm of the gradients, of all tasks together.
         steps: batches per epoch, if loaders have no length or to cut epochs.
         weights: by task, a factor on its loss.
@@ -126,6 +130,7 @@ def fit(
         schedule=schedule,
         warmup_steps=warmup_steps,
         accumulate=accumulate,
+        one_at_a_time=one_at_a_time,
         clip=clip,
         keep=keep,
         patience=patience,

@@ -27,7 +27,15 @@ from .randomness import derived_seed, seed_everything
 from .schedule import rate_factor
 from .selection import Selection
 from .settings import Settings
-from .step import Figures, TrainingStep, check_parameters, check_reached, figures_of, problem_with
+from .step import (
+    Figures,
+    TrainingStep,
+    check_parameters,
+    check_reached,
+    figures_of,
+    problem_with,
+    sum_of,
+)
 
 
 class Run:
@@ -216,12 +224,24 @@ class Run:
             place = index % accumulate
             boundary = place == accumulate - 1 or index == steps - 1
             size = min(accumulate, steps - (index - place))
-            with nullcontext() if boundary else self._accelerator.no_sync(self._step):
-                result = self._step(batches, charge)
-                figures = figures_of(result)
-                self._check_finite(figures, batches, self.epoch * self._steps + done + index)
-                self._accelerator.backward(result["total"] / size)
-            yield figures, boundary
+            number, found = self.epoch * self._steps + done + index, []
+            for portion, later in self._portions(batches):
+                wait = not boundary or later
+                with self._accelerator.no_sync(self._step) if wait else nullcontext():
+                    result = self._step(portion, charge, later)
+                    found.append(figures_of(result))
+                    self._check_finite(found[-1], portion, number)
+                    self._accelerator.backward(result["total"] / size)
+            yield sum_of(found), boundary
+
+    def _portions(
+        self, batches: Mapping[str, tuple[Any, Any]]
+    ) -> list[tuple[Mapping[str, tuple[Any, Any]], bool | None]]:
+        """What of a step to run at once, and whether more of it comes later."""
+        if not self._set.one_at_a_time:
+            return [(batches, None)]
+        last = self.tasks[-1]
+        return [({task: batch}, task != last) for task, batch in batches.items()]
 
     def _check_finite(
         self, figures: Figures, batches: Mapping[str, tuple[Any, Any]], step: int

@@ -28,6 +28,7 @@ class Settings:
     schedule: Schedule
     warmup_steps: int
     accumulate: int
+    one_at_a_time: bool
     clip: float | None
     keep: Literal["best", "last"]
     patience: int | None

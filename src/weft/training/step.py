@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -59,7 +59,10 @@ class TrainingStep(nn.Module):
         self.weights = dict(weights)
 
     def forward(
-        self, batches: Mapping[str, tuple[Any, Any]], charge: Mapping[str, float]
+        self,
+        batches: Mapping[str, tuple[Any, Any]],
+        charge: Mapping[str, float],
+        later: bool | None = None,
     ) -> dict[str, Any]:
         """``{"total": ..., "losses": {task: ...}, "penalty": ...}`` of one step.
 
@@ -67,9 +70,17 @@ class TrainingStep(nn.Module):
 
         Args:
             batches: by task, inputs and targets.
-            charge: by task, the factor on its plan's penalties.
+            charge: by task of the step, the factor on its plan's penalties.
+            later: for a step in portions, whether other tasks of it are still to come; the last
+                portion charges for all of them.
         """
-        step = self.model.step({task: x for task, (x, _) in batches.items()}, charge=charge)
+        inputs = {task: x for task, (x, _) in batches.items()}
+        if later is None:
+            step = self.model.step(inputs, charge=charge)
+        else:
+            step = self.model.step(inputs, charge=dict.fromkeys(inputs, 0.0))
+            if not later:
+                step = replace(step, penalty=self.model.charges(charge))
         losses = {
             task: loss_of(self.model.tasks[task].task, task, step.outputs[task], y)
             for task, (_, y) in batches.items()
@@ -101,6 +112,12 @@ def figures_of(result: Mapping[str, Any]) -> Figures:
     values = [total, result["penalty"], *losses.values()]
     numbers = torch.stack([v.detach().to(total.dtype) for v in values]).tolist()
     return Figures(numbers[0], numbers[1], dict(zip(losses, numbers[2:], strict=True)))
+
+
+def sum_of(portions: Sequence[Figures]) -> Figures:
+    """The numbers of a step that was computed in portions."""
+    losses = {task: loss for part in portions for task, loss in part.losses.items()}
+    return Figures(sum(p.total for p in portions), portions[-1].penalty, losses)
 
 
 def problem_with(figures: Figures, batches: Mapping[str, tuple[Any, Any]], step: int) -> str | None:

@@ -1,0 +1,104 @@
+"""One task at a time: the same gradients, and the activations of one task in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor, nn
+from training_nets import (
+    assert_close,
+    dense_net,
+    everything,
+    in_order,
+    model_of,
+    vectors,
+)
+
+import weft
+from weft.core.adapter import Records
+from weft.core.sharing import Penalty, Sharing
+from weft.errors import PlanError
+
+DOUBLE = torch.float64
+
+
+def _fitted(plan_of, tasks: int, *, one_at_a_time: bool) -> tuple[weft.MultiTaskModel, object]:  # type: ignore[no-untyped-def]
+    base = dense_net().double()
+    names = [f"t{i}" for i in range(tasks)]
+    model = model_of(base, plan_of(base), tasks=names)
+    data = {t: in_order(vectors(24, 3, i, DOUBLE)) for i, t in enumerate(names)}
+    history = weft.fit(model, data, epochs=3, lr=0.05, one_at_a_time=one_at_a_time, progress=False)
+    return model, [[{**r, "seconds": 0} for r in history[t]] for t in names]
+
+
+@pytest.mark.parametrize(
+    "plan_of",
+    [
+        lambda base: weft.hard_sharing(base, own="top", fraction=0.4),
+        lambda base: weft.taps(base, warmup=0, harden=0.0, joint=True),
+        lambda base: weft.taps(base, warmup=0, harden=0.0),
+    ],
+    ids=["hard sharing", "joint TAPS", "TAPS"],
+)
+def test_one_at_a_time_computes_the_same(plan_of) -> None:  # type: ignore[no-untyped-def]
+    together, rows = _fitted(plan_of, 3, one_at_a_time=False)
+    alone, other = _fitted(plan_of, 3, one_at_a_time=True)
+    assert_close(everything(together), everything(alone), 1e-12)
+    for left, right in zip(rows, other, strict=True):
+        for a, b in zip(left, right, strict=True):
+            assert a["loss"] == pytest.approx(b["loss"])
+            assert a["penalty"] == pytest.approx(b["penalty"])
+
+
+class _Saved:
+    """A saved activation; counts how many bytes of them live at once."""
+
+    now = 0
+    peak = 0
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.size = tensor.numel() * tensor.element_size()
+        _Saved.now += self.size
+        _Saved.peak = max(_Saved.peak, _Saved.now)
+
+    def __del__(self) -> None:
+        _Saved.now -= self.size
+
+
+def _peak(tasks: int, *, one_at_a_time: bool) -> int:
+    _Saved.now = _Saved.peak = 0
+    with torch.autograd.graph.saved_tensors_hooks(_Saved, lambda saved: saved.tensor):
+        _fitted(
+            lambda base: weft.hard_sharing(base, own="top", fraction=0.4),
+            tasks,
+            one_at_a_time=one_at_a_time,
+        )
+    return _Saved.peak
+
+
+def test_activations_do_not_grow_with_the_number_of_tasks() -> None:
+    assert _peak(2, one_at_a_time=True) == _peak(8, one_at_a_time=True)
+    assert _peak(8, one_at_a_time=False) > 3 * _peak(2, one_at_a_time=False)
+
+
+class _Recorded(Penalty):
+    needs_records = True
+
+    def __call__(
+        self,
+        records: Mapping[str, Records],  # noqa: ARG002
+        own: Mapping[str, Mapping[str, Tensor]],  # noqa: ARG002
+        shared: Mapping[str, Tensor],  # noqa: ARG002
+    ) -> Tensor:
+        return torch.zeros((), dtype=DOUBLE)
+
+
+def test_charges_for_records_need_all_tasks_at_once() -> None:
+    def plan_of(base: nn.Module) -> Sharing:
+        return Sharing("recording", patches=weft.bias_only(base).patches, penalties=(_Recorded(),))
+
+    with pytest.raises(PlanError, match="charges for what a forward records"):
+        _fitted(plan_of, 2, one_at_a_time=True)
