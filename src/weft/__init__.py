@@ -1,19 +1,31 @@
 """One base network, many tasks: learn what each task owns and what it shares."""
 
 from .bank import Bank
+from .compute import Compute, multiply_adds
 from .core.ledger import Ledger
 from .core.model import MultiTaskModel, Step
 from .core.sharing import Sharing
 from .core.task import Task
 from .core.view import View
 from .errors import WeftError
+from .methods.adashare import adashare
 from .methods.baselines import bias_only, full_finetune, linear_probe
+from .methods.dynashare import dynashare
 from .methods.hard_sharing import hard_sharing
 from .methods.model_patches import depthwise_patch, scale_bias
 from .methods.taps import taps
 from .registry import METHODS, method
 from .reporting import report
-from .tasks import Binary, Classification, Regression, Segmentation
+from .tasks import (
+    Binary,
+    Classification,
+    DenseRegression,
+    Depth,
+    Regression,
+    Segmentation,
+    SurfaceNormals,
+    relative_improvement,
+)
 from .training import History, evaluate, fit
 
 __version__ = "0.1.0"
@@ -23,6 +35,9 @@ __all__ = [
     "Bank",
     "Binary",
     "Classification",
+    "Compute",
+    "DenseRegression",
+    "Depth",
     "History",
     "Ledger",
     "MultiTaskModel",
@@ -30,17 +45,22 @@ __all__ = [
     "Segmentation",
     "Sharing",
     "Step",
+    "SurfaceNormals",
     "Task",
     "View",
     "WeftError",
+    "adashare",
     "bias_only",
     "depthwise_patch",
+    "dynashare",
     "evaluate",
     "fit",
     "full_finetune",
     "hard_sharing",
     "linear_probe",
     "method",
+    "multiply_adds",
+    "relative_improvement",
     "report",
     "scale_bias",
     "taps",

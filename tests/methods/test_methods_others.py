@@ -88,8 +88,8 @@ def test_hard_sharing_trains_the_common_part_with_every_task() -> None:
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"own": "middle"}, "'bottom' or 'top', found 'middle'"),
-        ({"fraction": 0.0}, "between 0 and 1, found 0.0. For nothing or everything owned use"),
+        ({"own": "middle"}, "'bottom', 'top', 'nothing' or a list of patterns .* found 'middle'"),
+        ({"fraction": 0.0}, "between 0 and 1, found 0.0. For nothing owned say own='nothing'"),
         ({"fraction": 1.0}, "between 0 and 1, found 1.0"),
         ({"batchnorm": "shared"}, "'private' or 'follow', found 'shared'"),
     ],
@@ -132,3 +132,26 @@ def test_unknown_methods_and_options_are_refused() -> None:
         weft.method("taps", net(), penality=1.0)
     with pytest.raises(ConfigError, match=r"'linear_probe' has no option 'x'. Options: none"):
         weft.method("linear_probe", net(), x=1)
+
+
+def test_hard_sharing_owns_what_is_named() -> None:
+    base = net()
+    plan = weft.hard_sharing(base, own=["3", "6"], batchnorm="follow")
+    assert set(plan.patches) == {"3.weight", "3.bias", "6.weight", "6.bias"}
+    assert plan.train_shared == set(base.state_dict()) - plan.patches.keys()
+    nested = nn.Sequential(net(), nn.Linear(8, 2))
+    inside = weft.hard_sharing(nested, own=["0"], batchnorm="follow")
+    assert set(inside.patches) == {f"0.{name}" for name in base.state_dict()}
+    assert weft.hard_sharing(nested, own=["0.?"]).patches.keys() == inside.patches.keys()
+    with pytest.raises(PlanError, match="no module is called '8'"):
+        weft.hard_sharing(base, own=["3", "8"])
+    with pytest.raises(PlanError, match=r"own=\['3'\]"):
+        weft.hard_sharing(base, own="3")  # type: ignore[arg-type]
+
+
+def test_hard_sharing_may_own_nothing_but_the_head() -> None:
+    plan = weft.hard_sharing(net(), own="nothing", batchnorm="follow")
+    assert not plan.patches
+    assert plan.train_shared == set(net().state_dict())
+    private = weft.hard_sharing(net(), own="nothing")
+    assert {n.split(".")[0] for n in private.patches} == {"1"}  # statistics make it private

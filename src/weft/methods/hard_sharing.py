@@ -6,6 +6,8 @@ https://arxiv.org/abs/2107.11359.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import Literal
 
 from torch import nn
@@ -13,26 +15,27 @@ from torch import nn
 from weft.core.patch import Patch, Replace
 from weft.core.sharing import Sharing
 from weft.core.sites import Kind, Site, sites
-from weft.errors import PlanError
+from weft.errors import PlanError, close_matches
 
 
 def hard_sharing(
     base: nn.Module,
     *,
-    own: Literal["bottom", "top"] = "bottom",
+    own: Literal["bottom", "top", "nothing"] | Sequence[str] = "bottom",
     fraction: float = 0.1,
     batchnorm: Literal["private", "follow"] = "private",
 ) -> Sharing:
-    """Each task owns the bottom (or top) layers; the others train for all tasks together.
+    """Each task owns some layers, usually the bottom or the top; the others train for all together.
 
     Source: Rethinking Hard-Parameter Sharing, section 3.
 
     Args:
         base: a module whose layers are registered in the order in which they run.
-        own: which end of the network is private.
-        fraction: of the base's parameters, in (0, 1). The cut falls between layers, at the place
-            nearest to the fraction; a layer keeps the normalisation that follows it. The ledger
-            says what was reached.
+        own: which end of the network is private; "nothing"; or patterns (shell style) of the names
+            of modules that are, each with all inside it, for instance ``["layer4", "*.conv1"]``.
+        fraction: of the base's parameters, in (0, 1), for "bottom" and "top". The cut falls between
+            layers, at the place nearest to the fraction; a layer keeps the normalisation that
+            follows it. The ledger says what was reached.
         batchnorm: "private" gives each task the batch normalisation of the common part too, since
             statistics of mixed tasks fit none of them; "follow" shares it with its layer.
 
@@ -45,26 +48,16 @@ def hard_sharing(
     Differs from the paper in that batch normalisation is private by default. Whether the paper's
     was is not known; it is an option because it confounds the comparison of bottom and top.
     """
-    if own not in ("bottom", "top"):
-        raise PlanError(f"hard_sharing(own=...) is 'bottom' or 'top', found {own!r}.")
     if batchnorm not in ("private", "follow"):
         raise PlanError(
             f"hard_sharing(batchnorm=...) is 'private' or 'follow', found {batchnorm!r}."
         )
-    if not 0.0 < fraction < 1.0:
-        raise PlanError(
-            f"hard_sharing(fraction=...) is between 0 and 1, found {fraction}. For nothing or "
-            "everything owned use linear_probe or full_finetune."
-        )
-    units = _units(base)
-    if len(units) < 2:
-        raise PlanError(
-            f"hard_sharing cuts between layers and needs at least two layers, found {len(units)}. "
-            "Use linear_probe or full_finetune."
-        )
-    if own == "top":
-        units.reverse()
-    private = [site for unit in units[: _cut(base, units, fraction)] for site in unit]
+    if own == "nothing":
+        private: list[Site] = []
+    elif isinstance(own, str):
+        private = _end(base, own, fraction)
+    else:
+        private = _named(base, own)
     patches: dict[str, Patch] = {n: Replace() for s in private for n in s.parameters + s.statistics}
     if batchnorm == "private":
         normalised = [s for s in sites(base) if s.statistics]
@@ -72,10 +65,53 @@ def hard_sharing(
     everything = {n for s in sites(base) for n in s.parameters + s.statistics}
     return Sharing(
         "hard_sharing",
-        options={"own": own, "fraction": fraction, "batchnorm": batchnorm},
+        options={
+            "own": own if isinstance(own, str) else list(own),
+            "fraction": fraction,
+            "batchnorm": batchnorm,
+        },
         patches=patches,
         train_shared=frozenset(everything - patches.keys()),
     )
+
+
+def _end(base: nn.Module, end: str, fraction: float) -> list[Site]:
+    """The sites up to the cut, from the bottom or from the top."""
+    if end not in ("bottom", "top"):
+        raise PlanError(
+            "hard_sharing(own=...) is 'bottom', 'top', 'nothing' or a list of patterns of module "
+            f"names, found {end!r}. One pattern is a list, too: own=[{end!r}]."
+        )
+    if not 0.0 < fraction < 1.0:
+        raise PlanError(
+            f"hard_sharing(fraction=...) is between 0 and 1, found {fraction}. For nothing owned "
+            "say own='nothing', for everything use full_finetune."
+        )
+    units = _units(base)
+    if len(units) < 2:
+        raise PlanError(
+            f"hard_sharing cuts between layers and needs at least two layers, found {len(units)}. "
+            "Use linear_probe or full_finetune."
+        )
+    if end == "top":
+        units.reverse()
+    return [site for unit in units[: _cut(base, units, fraction)] for site in unit]
+
+
+def _named(base: nn.Module, patterns: Sequence[str]) -> list[Site]:
+    """The sites at modules whose name matches, and inside of them."""
+    names = [name for name, _ in base.named_modules() if name]
+    chosen: set[str] = set()
+    for pattern in patterns:
+        found = {name for name in names if fnmatchcase(name, pattern)}
+        if not found:
+            raise PlanError(
+                f"hard_sharing(own=[...]): no module is called '{pattern}'."
+                + close_matches(pattern, names)
+            )
+        chosen |= found
+    inside = tuple(f"{name}." for name in chosen)
+    return [s for s in sites(base) if s.name in chosen or s.name.startswith(inside)]
 
 
 def _units(base: nn.Module) -> list[list[Site]]:

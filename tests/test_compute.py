@@ -1,0 +1,115 @@
+"""Multiply-adds against hand-made counts, and what of them tasks have in common."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import weft
+from weft.core.sharing import Sharing
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(4, 4, 3, padding=1, groups=4),
+        nn.Flatten(),
+        nn.Linear(64, 8),
+    )
+
+
+X = torch.zeros(1, 3, 4, 4)
+FIRST, DEPTHWISE, LAST, HEAD = 16 * 4 * 27, 16 * 4 * 9, 64 * 8, 8 * 5
+
+
+def compute(plan: Sharing, base: nn.Module, tasks: int = 3, x: Tensor = X) -> weft.Compute:
+    model = weft.MultiTaskModel(base, plan, example=x)
+    for i in range(tasks):
+        model.add_task(f"t{i}", weft.Classification(5))
+    return weft.multiply_adds(model, x)
+
+
+@pytest.mark.parametrize(
+    ("plan", "common"),
+    [
+        (weft.linear_probe, FIRST + DEPTHWISE + LAST),
+        (weft.full_finetune, 0),
+        (weft.scale_bias, FIRST),
+        (lambda b: weft.hard_sharing(b, own=["5"], batchnorm="follow"), FIRST + DEPTHWISE),
+        (lambda b: weft.hard_sharing(b, own=["3"], batchnorm="follow"), FIRST),
+        (lambda b: weft.hard_sharing(b, own=["0"], batchnorm="follow"), 0),
+    ],
+    ids=["head", "all", "normalisation", "last", "middle", "first"],
+)
+def test_what_comes_before_the_first_own_tensor_is_common(plan, common: int) -> None:  # type: ignore[no-untyped-def]
+    base = net()
+    found = compute(plan(base), base)
+    whole = FIRST + DEPTHWISE + LAST + HEAD
+    assert found.common == common
+    assert found.own == dict.fromkeys(("t0", "t1", "t2"), whole - common)
+    assert found.of("t1") == whole
+    assert found.all_tasks == common + 3 * (whole - common)
+
+
+class Branches(nn.Module):
+    """Two branches of one input; only one of them is owned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(6, 10), nn.Linear(6, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.left(x) + self.right(x)
+
+
+def test_a_branch_without_own_tensors_is_common() -> None:
+    base = Branches()
+    plan = weft.hard_sharing(base, own=["left"], batchnorm="follow")
+    found = compute(plan, base, x=torch.zeros(1, 6))
+    assert found.common == 60
+    assert found.own["t0"] == 60 + 10 * 5
+
+
+def test_what_one_task_owns_is_common_to_none() -> None:
+    """A closed gate reads the base, but what another task owns cannot be computed for both."""
+    base = net()
+    model = weft.MultiTaskModel(base, weft.linear_probe(base), example=X)
+    model.add_task("a", weft.Classification(5))
+    model.add_task("b", weft.Classification(5), sharing=weft.bias_only(base))
+    found = weft.multiply_adds(model, X)
+    assert found.common == 0
+    assert found.of("a") == found.of("b") == FIRST + DEPTHWISE + LAST + HEAD
+
+
+def test_closed_gates_are_common_after_training() -> None:
+    base = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    model = weft.MultiTaskModel(base, weft.taps(base), example=torch.zeros(1, 4))
+    model.add_task("a", weft.Classification(2))
+    own = model.tasks["a"].own
+    with torch.no_grad():
+        own["0:score"].fill_(0.0)
+    for _ in range(2):
+        found = weft.multiply_adds(model, torch.zeros(1, 4))
+        assert (found.common, found.own) == (24, {"a": 18 + 6})
+        model.harden("a")
+
+
+def test_counting_leaves_the_model_as_it_was() -> None:
+    base = net()
+    model = weft.MultiTaskModel(base, weft.full_finetune(base), example=X)
+    model.add_task("a", weft.Classification(5))
+    model.train()
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    weft.multiply_adds(model, X)
+    assert model.training
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+def test_a_model_without_tasks_costs_nothing() -> None:
+    base = net()
+    found = weft.multiply_adds(weft.MultiTaskModel(base, weft.linear_probe(base)), X)
+    assert (found.common, found.own, found.all_tasks) == (0, {}, 0)
