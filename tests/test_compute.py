@@ -113,3 +113,24 @@ def test_a_model_without_tasks_costs_nothing() -> None:
     base = net()
     found = weft.multiply_adds(weft.MultiTaskModel(base, weft.linear_probe(base)), X)
     assert (found.common, found.own, found.all_tasks) == (0, {}, 0)
+
+
+def test_attention_counts_its_products() -> None:
+    """Projections 3 d^2 + d^2 per token, scores and their sum n^2 d each."""
+    base = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    x = torch.zeros(1, 5, 8)
+    found = compute(weft.linear_probe(base), base, tasks=1, x=x)
+    tokens = 5
+    expected = tokens * 4 * 64 + 2 * tokens * tokens * 8 + tokens * 2 * 8 * 16
+    assert found.common == expected
+
+
+def test_modes_of_single_modules_stay() -> None:
+    base = net()
+    model = weft.MultiTaskModel(base, weft.linear_probe(base), example=X)
+    model.add_task("a", weft.Classification(5))
+    model.train()
+    model.base[1].eval()
+    weft.multiply_adds(model, X, tasks=["a"])
+    assert model.training
+    assert not model.base[1].training

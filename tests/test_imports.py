@@ -19,7 +19,7 @@ BELOW = ("core", "errors")
 PARTS = {
     "core": BELOW,
     "errors": (),
-    "tasks": BELOW,
+    "tasks": (*BELOW, "tasks"),
     "patches": (*BELOW, "patches"),
     "adapters": (*BELOW, "adapters"),
     "penalties": BELOW,

@@ -8,6 +8,7 @@ from .core.sharing import Sharing
 from .core.task import Task
 from .core.view import View
 from .errors import WeftError
+from .joint import efficient_joint, pretrain
 from .methods.adashare import adashare
 from .methods.baselines import bias_only, full_finetune, linear_probe
 from .methods.dynashare import dynashare
@@ -53,6 +54,7 @@ __all__ = [
     "bias_only",
     "depthwise_patch",
     "dynashare",
+    "efficient_joint",
     "evaluate",
     "fit",
     "full_finetune",
@@ -60,6 +62,7 @@ __all__ = [
     "linear_probe",
     "method",
     "multiply_adds",
+    "pretrain",
     "relative_improvement",
     "report",
     "scale_bias",

@@ -11,19 +11,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from .assembly import Folder
 from .bank import Bank
 from .config import Experiment, read
 from .demo import run_demo
 from .doctor import examine
 from .errors import ConfigError, WeftError
-from .experiment import (
-    Folder,
-    PlannedTask,
-    dry_run,
-    evaluate_stored,
-    load_experiment_base,
-    train,
-)
+from .experiment import PlannedTask, dry_run, evaluate_stored, train, trained_base
 from .registry import METHODS, options_of
 from .reporting import report as write_report
 
@@ -128,7 +122,7 @@ def fold(
     if output.suffix != ".safetensors":
         raise ConfigError(f"--output is a .safetensors file, found '{output}'.")
     experiment = read(config, overrides or ())
-    base, _ = load_experiment_base(experiment)
+    base, _ = trained_base(experiment)
     folder = Folder(Path(experiment.output))
     model = Bank(folder.bank).load(base, task, output=experiment.base.output)
     tensors = {f"base.{n}": t for n, t in model.fold(task).state_dict().items()}

@@ -7,17 +7,20 @@ nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from weft.core.model import MultiTaskModel
+from weft.core.sites import named_tensors
+from weft.training.evaluation import modes_kept
 
 
 @dataclass(frozen=True)
@@ -42,45 +45,53 @@ class Compute:
         return self.common + sum(self.own.values())
 
 
-@torch.no_grad()
-def multiply_adds(model: MultiTaskModel, *inputs: Any, **kwargs: Any) -> Compute:
-    """Count the multiply-adds of every task's forward, and what of them is common to all.
+def multiply_adds(model: MultiTaskModel, x: Any, *, tasks: Sequence[str] | None = None) -> Compute:
+    """Count the multiply-adds of tasks' forwards, and what of them is common to all of them.
 
     Matrix products, convolutions and attention count, as in torch's own counter; normalisation,
     activations, and recurrent layers that run as one fused kernel do not.
 
     Args:
         model: the model; it runs in eval mode and is left as it was.
-        inputs: as for a call of the model; one row gives the cost per input.
-        kwargs: keyword inputs of the base.
+        x: a batch for the base: a tensor, or a tuple or dict of tensors; one row gives the cost of
+            one input.
+        tasks: which; default all.
 
     Returns:
         The counts.
+
+    Raises:
+        TaskError: no such task.
     """
-    names = _owned_by_any(model)
+    chosen = model.task_names if tasks is None else tuple(tasks)
+    # The registry knows neither the fused attention of CPUs nor the fused encoder layers, which
+    # PyTorch leaves aside where an input requires a gradient.
+    x = pytree.tree_map_only(Tensor, _differentiable, x)
     counters: dict[str, _Counter] = {}
-    training = model.training
-    model.eval()
-    try:
-        for task in model.task_names:
+    with modes_kept(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        model.eval()
+        names = _owned_by_any(model, chosen)
+        for task in chosen:
             tensors = model.tensors(task)
             own = [*model.tasks[task].parameters(), *model.tasks[task].buffers()]
-            counters[task] = _Counter([*own, *(tensors[n] for n in names if n in tensors)])
+            counters[task] = _Counter([*own, *(tensors[n] for n in names)])
             with counters[task]:
-                model(*inputs, task=task, **kwargs)
-    finally:
-        model.train(training)
+                model(x, task=task)
     common = min((c.total - c.own for c in counters.values()), default=0)
     return Compute(common, {task: c.total - common for task, c in counters.items()})
 
 
-def _owned_by_any(model: MultiTaskModel) -> set[str]:
+def _differentiable(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_() if tensor.is_floating_point() else tensor
+
+
+def _owned_by_any(model: MultiTaskModel, tasks: Iterable[str]) -> set[str]:
     """Names of the tensors that some task does not share with the base."""
+    base = {name: _storage(tensor) for name, tensor in named_tensors(model.base)}
     owned: set[str] = set()
-    base = {name: _storage(t) for name, t in model.base.state_dict(keep_vars=True).items()}
-    for task in model.task_names:
-        tensors = model.tensors(task).items()
-        owned |= {n for n, t in tensors if n in base and _storage(t) != base[n]}
+    for task in tasks:
+        tensors = model.tensors(task)
+        owned |= {name for name, storage in base.items() if _storage(tensors[name]) != storage}
     return owned
 
 

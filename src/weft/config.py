@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from .errors import ConfigError, close_matches
+from .tasks import check_options
 
 
 class _Section(BaseModel):
@@ -57,17 +58,33 @@ class TaskSection(_Section):
     Args:
         data: ``imagefolder:DIR``, ``csv:FILE#target=COLUMN``, ``npz:FILE``, ``hf:PATH`` or
             ``python:FILE.py:FUNCTION``.
-        kind: classification, binary, regression or segmentation.
-        classes: how many classes; default what the data says.
+        kind: classification, binary, regression, segmentation, depth, surface_normals or
+            dense_regression.
+        classes: how many classes (or labels, targets, channels); default what the data says.
         options: further arguments of the kind, for instance ``{head_init: zero}``.
         method: a plan of its own for this task.
     """
 
     data: str
-    kind: Literal["classification", "binary", "regression", "segmentation"] = "classification"
+    kind: Literal[
+        "classification",
+        "binary",
+        "regression",
+        "segmentation",
+        "depth",
+        "surface_normals",
+        "dense_regression",
+    ] = "classification"
     classes: int | None = None
     options: dict[str, Any] = Field(default_factory=dict)
     method: MethodSection | None = None
+
+    @field_validator("options")
+    @classmethod
+    def _known(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        if "kind" in info.data:
+            check_options(info.data["kind"], value)
+        return value
 
     @field_validator("method", mode="before")
     @classmethod
@@ -107,12 +124,8 @@ class DataSection(_Section):
     test: float = Field(0.15, ge=0, lt=1)
 
 
-class TrainSection(_Section):
-    """Arguments of `weft.fit`.
-
-    Args:
-        joint: train all tasks together; default only if the plan trains shared tensors.
-    """
+class FitSection(_Section):
+    """Arguments of `weft.fit` that every training has."""
 
     epochs: int = Field(30, ge=1)
     lr: float = Field(0.01, gt=0)
@@ -123,12 +136,31 @@ class TrainSection(_Section):
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup_steps: int = Field(0, ge=0)
     accumulate: int = Field(1, ge=1)
+    one_at_a_time: bool = False
     clip: float | None = Field(None, gt=0)
     steps: int | None = Field(None, ge=1)
     keep: Literal["best", "last"] = "best"
     patience: int | None = Field(None, ge=1)
     precision: Literal["no", "fp16", "bf16"] = "no"
     trackers: list[str] = Field(default_factory=list)
+
+
+class PretrainSection(FitSection):
+    """How the base is trained on all tasks together before each is trained on its own.
+
+    One task's activations at a time are in memory unless ``one_at_a_time: false``.
+    """
+
+    one_at_a_time: bool = True
+
+
+class TrainSection(FitSection):
+    """How tasks are trained.
+
+    Args:
+        joint: train all tasks together; default only if the plan trains shared tensors.
+    """
+
     joint: bool | None = None
 
 
@@ -141,6 +173,7 @@ class Experiment(_Section):
         tasks: by name.
         data: how data is read.
         train: how tasks are trained.
+        pretrain: train the base on all tasks together first (efficient joint training).
         output: the folder for bank, checkpoints, history and report.
         seed: of data splits and training.
     """
@@ -150,6 +183,7 @@ class Experiment(_Section):
     tasks: dict[str, TaskSection] = Field(min_length=1)
     data: DataSection = DataSection()
     train: TrainSection = TrainSection()
+    pretrain: PretrainSection | None = None
     output: str = "runs/weft"
     seed: int = Field(0, ge=0)
 
@@ -256,7 +290,7 @@ def _explain(error: dict[str, Any]) -> str:
     if error["type"] == "missing":
         return f"{key}: missing."
     message = error["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
-    return f"{key}: found {error['input']!r}, {message[0].lower()}{message[1:]}."
+    return f"{key}: found {error['input']!r}, {message[0].lower()}{message[1:].rstrip('.')}."
 
 
 def _known_keys(path: Sequence[str]) -> list[str]:
@@ -268,6 +302,7 @@ def _known_keys(path: Sequence[str]) -> list[str]:
         "method": MethodSection,
         "data": DataSection,
         "train": TrainSection,
+        "pretrain": PretrainSection,
         "augmentation": AugmentationSection,
     }
     for part in path:

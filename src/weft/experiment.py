@@ -6,55 +6,43 @@ import json
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import nn
-from torch.utils import _pytree as pytree
 
+from .assembly import (
+    Folder,
+    first_rows,
+    load_experiment_base,
+    make_loaders,
+    make_model,
+    make_plan,
+    make_task,
+    needs_example,
+    read_data,
+    read_task,
+)
 from .bank import Bank
-from .bases import load_base
-from .config import Experiment, TaskSection
+from .config import Experiment, MethodSection
 from .core.ledger import Ledger
 from .core.model import MultiTaskModel
-from .core.task import Task
-from .data import Augmentation, Loader, Preprocessing, TaskData, load, loader
+from .core.sites import named_tensors
+from .data import Loader, Preprocessing, TaskData
 from .errors import ConfigError, DataError, WeftError, close_matches
-from .registry import method
+from .joint import pretrain
 from .reporting import report
 from .tasks import task_from_spec
 from .training import evaluate, fit
+from .training.files import write_whole
 
-
-@dataclass(frozen=True)
-class Folder:
-    """Where an experiment keeps its files.
-
-    Args:
-        root: the experiment's ``output``.
-    """
-
-    root: Path
-
-    @property
-    def bank(self) -> Path:
-        """The bank."""
-        return self.root / "bank"
-
-    @property
-    def report(self) -> Path:
-        """The report."""
-        return self.root / "report.html"
-
-    def checkpoint(self, name: str) -> Path:
-        """A run's checkpoint."""
-        return self.root / "checkpoints" / name
-
-    def history(self, name: str) -> Path:
-        """A run's history as JSON lines."""
-        return self.root / "history" / f"{name}.jsonl"
+Loaders = Mapping[str, Mapping[str, Loader]]
+"""By task and split."""
 
 
 @dataclass(frozen=True)
@@ -80,15 +68,20 @@ class PlannedTask:
 
 def dry_run(experiment: Experiment) -> list[PlannedTask]:
     """What every task would own: each tensor hit, its size, and each refusal with its reason."""
-    base, _ = load_experiment_base(experiment)
+    base, stated = load_experiment_base(experiment)
+    example = None
+    if any(map(needs_example, _methods(experiment))):
+        first = next(iter(experiment.tasks))
+        loaders = make_loaders(experiment, read_task(experiment, first), stated)
+        example = first_rows({first: loaders})
     planned = []
     for name, section in experiment.tasks.items():
         chosen = section.method or experiment.method
         try:
-            common = method(experiment.method.name, base, **experiment.method.options)
+            common = make_plan(experiment.method, base, example)
             model = MultiTaskModel(base, common)
             apart = section.method
-            sharing = common if apart is None else method(apart.name, base, **apart.options)
+            sharing = common if apart is None else make_plan(apart, base, example)
             model.add_task(name, task_from_spec({"kind": "regression"}), sharing=sharing)
         except WeftError as error:
             planned.append(PlannedTask(name, chosen.name, None, {}, {}, str(error)))
@@ -99,11 +92,17 @@ def dry_run(experiment: Experiment) -> list[PlannedTask]:
     return planned
 
 
+def _methods(experiment: Experiment) -> list[MethodSection]:
+    own = [section.method for section in experiment.tasks.values() if section.method is not None]
+    return [experiment.method, *own]
+
+
 def train(experiment: Experiment, *, progress: bool = True) -> dict[str, dict[str, Any]]:
     """Train every task of an experiment, store the bank, and write the report.
 
-    Tasks that are in the bank already, by the same configuration, are not trained again; an
-    interrupted task goes on from its checkpoint.
+    With a section ``pretrain`` the base is first trained on all tasks together; its weights are
+    kept beside the bank. Tasks that are in the bank already, by the same configuration, are not
+    trained again; an interrupted task goes on from its checkpoint.
 
     Args:
         experiment: the checked configuration.
@@ -118,19 +117,23 @@ def train(experiment: Experiment, *, progress: bool = True) -> dict[str, dict[st
     folder = Folder(Path(experiment.output))
     base, stated = load_experiment_base(experiment)
     sets = read_data(experiment)
+    every = {name: make_loaders(experiment, data, stated) for name, data in sets.items()}
+    example = first_rows(every)
+    if experiment.pretrain is not None:
+        base = _pretrained(experiment, base, sets, every, example, progress=progress)
     bank = Bank(folder.bank)
     if len(bank):
         bank.load(base, bank.tasks()[0])  # refuses another base before any work is done
     results: dict[str, dict[str, Any]] = {}
-    for group in groups(experiment, base):
+    for group in groups(experiment, base, example):
         stored = [name for name in group if name in bank]
         for name in stored:
             _check_same(experiment, name, bank.info(name)["facts"])
         if len(stored) == len(group):
             results |= {name: bank.info(name)["facts"]["results"] for name in group}
             continue
-        loaders = {name: make_loaders(experiment, sets[name], stated) for name in group}
-        model = make_model(experiment, base, {name: sets[name] for name in group}, loaders)
+        loaders = {name: every[name] for name in group}
+        model = make_model(experiment, base, {name: sets[name] for name in group}, example)
         run = group[0] if len(group) == 1 else "joint"
         settings = experiment.train.model_dump(exclude={"joint"})
         fit(
@@ -149,6 +152,88 @@ def train(experiment: Experiment, *, progress: bool = True) -> dict[str, dict[st
     report(bank, folder.report)
     (folder.root / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     return results
+
+
+def trained_base(experiment: Experiment) -> tuple[nn.Module, Preprocessing | None]:
+    """The base that an experiment's tasks stand on, and how its pixels are scaled.
+
+    Raises:
+        ConfigError: it was to be trained first and has not been, or by another configuration.
+    """
+    base, stated = load_experiment_base(experiment)
+    if experiment.pretrain is not None:
+        file = Folder(Path(experiment.output)).base
+        if not file.is_file():
+            raise ConfigError(f"The base is not trained yet: there is no {file}. Run weft train.")
+        _fill(base, file, _pretraining(experiment))
+    return base, stated
+
+
+def _pretrained(
+    experiment: Experiment,
+    base: nn.Module,
+    sets: Mapping[str, TaskData],
+    loaders: Loaders,
+    example: Any,
+    *,
+    progress: bool,
+) -> nn.Module:
+    """The base trained on all tasks together, from its file if it has been trained already."""
+    folder = Folder(Path(experiment.output))
+    made_by = _pretraining(experiment)
+    if folder.base.is_file():
+        _fill(base, folder.base, made_by)
+        return base
+    assert experiment.pretrain is not None
+    training = partial(
+        fit,
+        **experiment.pretrain.model_dump(),
+        seed=experiment.seed,
+        checkpoint=folder.base.with_name("checkpoint"),
+        log=folder.base.with_name("history.jsonl"),
+        progress=progress,
+    )
+    torch.manual_seed(experiment.seed)
+    trained = pretrain(
+        base,
+        {name: make_task(name, experiment.tasks[name], data) for name, data in sets.items()},
+        {name: (splits["train"], splits.get("val")) for name, splits in loaders.items()},
+        training=training,
+        example=example,
+        output=experiment.base.output,
+    )
+    tensors = {name: t.detach().contiguous() for name, t in named_tensors(trained)}
+    write_whole(folder.base, save(tensors, {"experiment": made_by}))
+    return trained
+
+
+def _pretraining(experiment: Experiment) -> str:
+    """What decides the weights of a base that is trained first, as text."""
+    parts = experiment.model_dump(mode="json", include={"base", "data", "pretrain", "seed"})
+    tasks = {n: s.model_dump(mode="json", exclude={"method"}) for n, s in experiment.tasks.items()}
+    return json.dumps({**parts, "tasks": tasks}, sort_keys=True)
+
+
+@torch.no_grad()
+def _fill(base: nn.Module, file: Path, made_by: str) -> None:
+    """Load a trained base's weights.
+
+    Raises:
+        ConfigError: they were trained by another configuration, or are damaged.
+    """
+    try:
+        with safe_open(file, "pt") as stored:
+            was = (stored.metadata() or {}).get("experiment")
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    except Exception as error:  # what a damaged file raises depends on its bytes
+        raise ConfigError(f"{file} cannot be read: {error}. Remove it to train anew.") from error
+    if was != made_by:
+        raise ConfigError(
+            f"{file} was trained by another configuration of base, data, tasks, pretrain or seed. "
+            "Use another output, or remove it to train anew."
+        )
+    for name, tensor in named_tensors(base):
+        tensor.copy_(tensors[name])
 
 
 def _resolved(experiment: Experiment, name: str) -> dict[str, Any]:
@@ -184,7 +269,7 @@ def evaluate_stored(
     Raises:
         DataError: a task has no such split.
     """
-    base, stated = load_experiment_base(experiment)
+    base, stated = trained_base(experiment)
     chosen = tasks or tuple(experiment.tasks)
     for name in chosen:
         if name not in experiment.tasks:
@@ -201,14 +286,14 @@ def evaluate_stored(
     return scores
 
 
-def groups(experiment: Experiment, base: nn.Module) -> list[tuple[str, ...]]:
+def groups(experiment: Experiment, base: nn.Module, example: Any) -> list[tuple[str, ...]]:
     """Which tasks train together: all if the plan trains shared tensors, else each alone.
 
     Raises:
         ConfigError: tasks that must train together are asked to train apart.
     """
     names = tuple(experiment.tasks)
-    sharing = method(experiment.method.name, base, **experiment.method.options)
+    sharing = make_plan(experiment.method, base, example)
     joint = experiment.train.joint
     if sharing.trains_shared and joint is False:
         raise ConfigError(
@@ -217,104 +302,6 @@ def groups(experiment: Experiment, base: nn.Module) -> list[tuple[str, ...]]:
     if joint is None:
         joint = sharing.trains_shared
     return [names] if joint else [(name,) for name in names]
-
-
-def load_experiment_base(experiment: Experiment) -> tuple[nn.Module, Preprocessing | None]:
-    """The base and how its pixels are scaled: as the file says, else as its library says."""
-    section = experiment.base
-    torch.manual_seed(experiment.seed)  # a base that is drawn at random is the same every time
-    base, stated = load_base(section.name, weights=section.weights, options=section.options)
-    if section.channels_last:
-        # torch's stubs do not know the keyword alone.
-        base = base.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if section.mean is not None or section.std is not None:
-        stated = Preprocessing(mean=section.mean or (0.5,), std=section.std or (0.5,))
-    return base, stated
-
-
-def read_data(experiment: Experiment) -> dict[str, TaskData]:
-    """The data of all tasks, checked.
-
-    Raises:
-        DataError: data that cannot be trained on.
-    """
-    return {name: read_task(experiment, name) for name in experiment.tasks}
-
-
-def read_task(experiment: Experiment, name: str) -> TaskData:
-    """The data of one task."""
-    section = experiment.data
-    return load(
-        experiment.tasks[name].data,
-        seed=experiment.seed,
-        val=section.val,
-        test=section.test,
-        image_size=section.image_size,
-    )
-
-
-def make_loaders(
-    experiment: Experiment, data: TaskData, stated: Preprocessing | None
-) -> dict[str, Loader]:
-    """A loader for each split that there is."""
-    section = experiment.data
-    images = data.input_shape is not None and len(data.input_shape) == 3
-    preprocessing = (stated or Preprocessing(mean=(0.5,) * 3, std=(0.5,) * 3)) if images else None
-    augmentation = None
-    if section.augmentation is not None and images:
-        augmentation = Augmentation(**section.augmentation.model_dump())
-    return {
-        split: loader(
-            dataset,
-            section.batch_size if split == "train" else section.eval_batch_size,
-            train=split == "train",
-            augmentation=augmentation if split == "train" else None,
-            preprocessing=preprocessing,
-            workers=section.workers,
-        )
-        for split, dataset in data.splits.items()
-    }
-
-
-def make_model(
-    experiment: Experiment,
-    base: nn.Module,
-    sets: Mapping[str, TaskData],
-    loaders: Mapping[str, Mapping[str, Loader]],
-) -> MultiTaskModel:
-    """A model with the tasks of ``sets``, heads sized by the first batch."""
-    x, _ = next(iter(next(iter(loaders.values()))["train"]))
-    example = pytree.tree_map_only(torch.Tensor, lambda t: t[:1], x)
-    chosen = experiment.method
-    sharing = method(chosen.name, base, **chosen.options)
-    model = MultiTaskModel(base, sharing, example=example, output=experiment.base.output)
-    for name, data in sets.items():
-        section = experiment.tasks[name]
-        own = section.method
-        plan = None if own is None else method(own.name, base, **own.options)
-        torch.manual_seed(experiment.seed)  # a task's head does not depend on the tasks before it
-        model.add_task(name, make_task(name, section, data), sharing=plan)
-    return model
-
-
-def make_task(name: str, section: TaskSection, data: TaskData) -> Task:
-    """The task that a section describes, with the classes of its data.
-
-    Raises:
-        ConfigError: the number of classes is neither stated nor in the data, or they disagree.
-    """
-    spec: dict[str, Any] = {"kind": section.kind, **section.options}
-    if section.kind in ("classification", "segmentation"):
-        if section.classes is None and data.classes is None:
-            raise ConfigError(f"tasks.{name}.classes: missing, and the data does not name them.")
-        if data.classes is not None and section.classes not in (None, len(data.classes)):
-            raise ConfigError(
-                f"tasks.{name}.classes: found {section.classes}, the data has {len(data.classes)}."
-            )
-        spec["classes"] = section.classes if data.classes is None else list(data.classes)
-    elif section.classes is not None:
-        spec["labels" if section.kind == "binary" else "targets"] = section.classes
-    return task_from_spec(spec)
 
 
 def _score(model: MultiTaskModel, name: str, splits: Mapping[str, Loader]) -> dict[str, Any]:

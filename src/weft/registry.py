@@ -12,7 +12,9 @@ from torch import nn
 
 from .core.sharing import Sharing
 from .errors import ConfigError, close_matches
+from .methods.adashare import adashare
 from .methods.baselines import bias_only, full_finetune, linear_probe
+from .methods.dynashare import dynashare
 from .methods.hard_sharing import hard_sharing
 from .methods.model_patches import depthwise_patch, scale_bias
 from .methods.taps import taps
@@ -51,13 +53,26 @@ class Method:
 METHODS: dict[str, Method] = {
     "linear_probe": Method(linear_probe, "a head on the frozen base"),
     "bias_only": Method(bias_only, "own biases (BitFit)"),
-    "scale_bias": Method(scale_bias, "own normalisation (K for the Price of 1)"),
+    "scale_bias": Method(scale_bias, "own scales and shifts (K for the Price of 1)"),
     "depthwise_patch": Method(depthwise_patch, "own depthwise kernels (K for the Price of 1)"),
     "taps": Method(taps, "own the layers that pay, by a learned gate each (TAPS)"),
     "hard_sharing": Method(
         hard_sharing,
         "own the bottom or the top, train the rest together",
         {Law.TASKS_ARE_ISOLATED: "the common part trains with every task"},
+    ),
+    "adashare": Method(
+        adashare,
+        "execute or skip each residual block of one network (AdaShare)",
+        {Law.TASKS_ARE_ISOLATED: "the network trains with every task"},
+    ),
+    "dynashare": Method(
+        dynashare,
+        "AdaShare with gates that skip blocks for single inputs (DynaShare)",
+        {
+            Law.TASKS_ARE_ISOLATED: "the network and its gates train with every task",
+            Law.ALL_PATHS_AGREE: "a gate that decides for each input has no plain form to fold to",
+        },
     ),
     "full_finetune": Method(full_finetune, "own everything"),
 }

@@ -211,3 +211,34 @@ def test_dry_run_shows_that_only_the_models_plan_may_train_shared_tensors(
     )
     assert code == 2
     assert "only the model's own plan may" in " ".join(out.split())
+
+
+def test_a_base_can_be_trained_on_all_tasks_first(experiment: Path, weft_command) -> None:
+    first = ["--set", "pretrain.epochs=2", "--set", "pretrain.lr=0.05"]
+    code, out, _ = weft_command("train", experiment, "--json", *first)
+    assert code == 0
+    results = json.loads(out)
+    run = experiment.parent / "run"
+    weights = load_file(run / "pretraining" / "base.safetensors")
+    base, _ = load_base(read(experiment).base.name)
+    assert weights.keys() == base.state_dict().keys()
+    assert all(not torch.equal(t, weights[n]) for n, t in base.state_dict().items())
+    base.load_state_dict(weights)
+    assert weft.Bank(run / "bank").load(base).task_names == ("bright", "red")
+    code, out, _ = weft_command("eval", experiment, "--json", *first)
+    assert code == 0
+    scores = json.loads(out)
+    assert scores["red"] == pytest.approx(results["red"]["metrics"]["test"])
+    before = (run / "pretraining" / "base.safetensors").stat().st_mtime_ns
+    code, out, _ = weft_command("train", experiment, "--json", *first)
+    assert json.loads(out) == results
+    assert (run / "pretraining" / "base.safetensors").stat().st_mtime_ns == before
+    code, _, err = weft_command("train", experiment, "--json", "--set", "pretrain.epochs=3")
+    assert code == 2
+    assert "trained by another configuration" in " ".join(err.split())
+
+
+def test_eval_before_training_names_the_missing_base(experiment: Path, weft_command) -> None:
+    code, _, err = weft_command("eval", experiment, "--set", "pretrain.epochs=2")
+    assert code == 2
+    assert "The base is not trained yet" in " ".join(err.split())

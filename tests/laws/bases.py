@@ -23,7 +23,8 @@ class Base:
         name: shown in the tests' names.
         make: makes it anew, with the same tensors each time.
         inputs: a batch of so many rows.
-        has: what methods may ask for: "norm", "batchnorm", "depthwise", "layer", "bias".
+        has: what methods may ask for: "norm", "batchnorm", "depthwise", "layer", "bias",
+            "blocks" (residual ones).
         output: what heads read, if the base returns a structure.
     """
 
@@ -229,7 +230,9 @@ TINY = (
     Base("convolutions", _convolutions, images(), _with("norm", "batchnorm", "depthwise")),
     Base("transposed", _transposed, images(), _with("norm")),
     Base("groupnorm", _grouped_norm, images(), _with("norm")),
-    Base("residual", lambda: Pooled(Residual(3, 6)), images(), _with("norm", "batchnorm")),
+    Base(
+        "residual", lambda: Pooled(Residual(3, 6)), images(), _with("norm", "batchnorm", "blocks")
+    ),
     Base("layernorm", _layer_norm, vectors(), _with("norm")),
     Base("tied", TiedLanguageModel, tokens(), _with("norm")),
     Base("attention", Attention, sequences(), _with("norm")),
@@ -240,8 +243,13 @@ TINY = (
 
 REAL = (
     Base("timm", _timm, images(size=32), _with("norm", "batchnorm", "depthwise")),
-    Base("timm-vit", _timm_vit, images(size=32), _with("norm")),
-    Base("torchvision", _torchvision, images(size=32), _with("norm", "batchnorm", "depthwise")),
+    Base("timm-vit", _timm_vit, images(size=32), _with("norm", "blocks")),
+    Base(
+        "torchvision",
+        _torchvision,
+        images(size=32),
+        _with("norm", "batchnorm", "depthwise", "blocks"),
+    ),
     Base("transformers", _transformers, _text, _with("norm"), output="pooler_output"),
 )
 

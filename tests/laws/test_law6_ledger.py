@@ -83,6 +83,10 @@ def _private_end(model: weft.MultiTaskModel) -> int:
     return _sizes(model, private | normalised)
 
 
+def _blocks(model: weft.MultiTaskModel) -> int:
+    return len(model.sharing.options["blocks"])
+
+
 FORMULAS = {
     "linear_probe": lambda _: 0,
     "bias_only": lambda m: _sizes(m, _vectors_called_bias(m)),
@@ -90,6 +94,8 @@ FORMULAS = {
     "depthwise_patch": lambda m: _sizes(m, _depthwise(m) | _norms(m)),
     "taps": lambda m: _sizes(m, _open_layers(m) | _norms(m)),
     "hard_sharing": _private_end,
+    "adashare": lambda m: 2 * _blocks(m),
+    "dynashare": lambda m: 2 * _blocks(m),
     "full_finetune": lambda m: sum(p.numel() for p in m.base.parameters()),
 }
 
@@ -108,6 +114,7 @@ def test_a_models_memory_follows_its_ledgers(case: Case) -> None:
         for n, t in named_tensors(model.base)
         if n in model.sharing.train_shared and not isinstance(t, nn.Parameter)
     )
+    statistics += sum(t.numel() * t.element_size() for t in model.shared.buffers())
     user = {t.untyped_storage().data_ptr() for t in [*base.parameters(), *base.buffers()]}
     of_model = sum(size for pointer, size in storages.items() if pointer not in user)
     ledgers = [model.ledger(t) for t in model.task_names]

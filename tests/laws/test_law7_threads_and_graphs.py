@@ -76,14 +76,15 @@ def test_two_threads_train_two_tasks_as_one_does(case: Case) -> None:
 
     def gradients(task: str) -> list[Tensor]:
         step = model.step({task: x})
-        return list(torch.autograd.grad(step.outputs[task].sum(), model.task_parameters(task)))
+        wanted = model.task_parameters(task)  # of a policy, eval mode uses the choice only
+        return list(torch.autograd.grad(step.outputs[task].sum(), wanted, allow_unused=True))
 
     expected = {t: gradients(t) for t in "ab"}
 
     def train(task: str) -> None:
         for _ in range(5):
             for found, wanted in zip(gradients(task), expected[task], strict=True):
-                assert torch.equal(found, wanted)
+                assert found is wanted or torch.equal(found, wanted)
 
     in_threads({t: lambda t=t: train(t) for t in "ab"})
 
@@ -118,7 +119,7 @@ def _checkpointed(kind: str, reentrant: bool | None) -> Base:
         return inputs(n).requires_grad_()
 
     base = Checkpointed(*blocks, reentrant=reentrant)
-    has = frozenset({"layer", "bias", "norm"})
+    has = frozenset({"layer", "bias", "norm", *(["blocks"] if kind == "residual" else [])})
     return Base(kind, lambda: copy.deepcopy(base), rows, has)
 
 
@@ -129,12 +130,16 @@ def _checkpointed(kind: str, reentrant: bool | None) -> Base:
 def test_checkpointing_agrees_with_none(method: str, kind: str, reentrant: bool) -> None:
     plain = Case(method, _checkpointed(kind, None))
     case = Case(method, _checkpointed(kind, reentrant))
-    assert supported(case)
+    if not supported(case):
+        with pytest.raises(weft.WeftError, match=f"^{method} "):
+            case.plan(case.base.make())
+        return
     expected = plain.trained().train()
     model = case.trained().train()
     model.load_state_dict(expected.state_dict())
     batches = {t: case.base.inputs(4) for t in "ab"}
     for each in (expected, model):
+        torch.manual_seed(1)  # policies are sampled
         outputs = each.step(batches).outputs
         sum(o.square().sum() for o in outputs.values()).backward()  # two tasks in one backward
     assert_same_bits(snapshot(expected), snapshot(model))  # statistics were updated once
@@ -186,7 +191,7 @@ def dict_of(view: weft.View) -> dict[str, Tensor]:
     return {name: table[a] for name, table, a in view._structure._slots}
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", [m for m in METHODS if supported(Case(m, TINY[0]))])
 def test_a_compiled_view_trains_like_an_eager_one(method: str) -> None:
     torch._dynamo.reset()
     case = Case(method, TINY[0])

@@ -19,7 +19,7 @@ from weft.errors import PlanError
 @pytest.mark.parametrize("case", REFUSED, ids=str)
 def test_a_base_that_lacks_what_the_method_owns_is_refused(case: Case) -> None:
     with pytest.raises(PlanError) as error:
-        weft.method(case.method, case.base.make())
+        case.plan(case.base.make())
     assert str(error.value).startswith(case.method)
     assert NEEDS[case.method][1] in str(error.value)
 

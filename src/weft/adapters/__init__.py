@@ -2,6 +2,15 @@
 
 from weft.core.adapter import Insertion
 
-INSERTIONS: dict[str, type[Insertion]] = {}
+from .block_policy import BlockPolicy, KeptOutput
+from .channel_affine import ChannelAffine
+from .instance_gate import InstanceGate
 
-__all__ = ["INSERTIONS", "Insertion"]
+INSERTIONS: dict[str, type[Insertion]] = {
+    "channel_affine": ChannelAffine,
+    "block_policy": BlockPolicy,
+    "kept_output": KeptOutput,
+    "instance_gate": InstanceGate,
+}
+
+__all__ = ["INSERTIONS", "BlockPolicy", "ChannelAffine", "Insertion", "InstanceGate", "KeptOutput"]

@@ -1,6 +1,7 @@
 """The sites of a network: which modules hold which tensors, and of what kind they are.
 
-This is the one place that looks at layer types. Everything else works on names and kinds.
+This file and `channels` are the places that look at layer types. Everything else works on names and
+kinds.
 """
 
 from __future__ import annotations

@@ -20,8 +20,16 @@ def _as_float(images: Tensor) -> Tensor:
     return images.float().div_(255) if images.dtype == torch.uint8 else images.float()
 
 
-def _resize(images: Tensor, size: int) -> Tensor:
-    """Resize the largest centred square of N x C x H x W floats to ``size``, antialiased."""
+def resize(images: Tensor, size: int) -> Tensor:
+    """Resize the largest centred square of each image, bilinear and antialiased.
+
+    Args:
+        images: N x C x H x W floats.
+        size: side of the result in pixels, >= 1.
+
+    Returns:
+        N x C x size x size, of the same type.
+    """
     height, width = images.shape[-2:]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
@@ -44,7 +52,7 @@ def fit_square(images: Tensor, size: int) -> Tensor:
         N x C x size x size, uint8.
     """
     parts = [
-        _resize(part.float(), size).round_().clamp_(0, 255).to(torch.uint8)
+        resize(part.float(), size).round_().clamp_(0, 255).to(torch.uint8)
         for part in torch.split(images, _CHUNK)
     ]
     return torch.cat(parts)
@@ -133,7 +141,7 @@ class Preprocessing:
         pixels = _as_float(images)
         if self.image_size is not None:
             # Before the channels are repeated: resizing is the costly part.
-            pixels = _resize(pixels, self.image_size)
+            pixels = resize(pixels, self.image_size)
         mean = torch.tensor(self.mean).view(1, -1, 1, 1)
         std = torch.tensor(self.std).view(1, -1, 1, 1)
         return (pixels - mean) / std

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from typing import Any, final
 
 import torch
 from torch.utils import _pytree as pytree
 
-from weft.errors import DataError
+from weft.errors import DataError, close_matches
 
 from .randomness import Streams
 
 Loader = Iterable[Any]
-"""Batches of one task: pairs (x, y), or dicts with the target under "labels"."""
+"""Batches: pairs (x, y), or dicts with the target under "labels"."""
+
+TaskData = Loader | tuple[Loader, Loader | None]
+"""Training batches, alone or with validation batches."""
+
+Batches = dict[str, tuple[Any, Any]]
+"""By task, inputs and targets."""
 
 
 def split_batch(batch: Any, task: str) -> tuple[Any, Any]:
@@ -43,47 +49,171 @@ def split_batch(batch: Any, task: str) -> tuple[Any, Any]:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """The batch with all its tensors on the device."""
-    return pytree.tree_map_only(torch.Tensor, lambda t: t.to(device, non_blocking=True), batch)
+    """The batch with all its tensors on the device; one that occurs twice is moved once."""
+    moved: dict[int, torch.Tensor] = {}
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in moved:
+            moved[id(tensor)] = tensor.to(device, non_blocking=True)
+        return moved[id(tensor)]
+
+    return pytree.tree_map_only(torch.Tensor, move, batch)
+
+
+# ------------------------------------------------------------------- one input, many targets
+
+
+@final
+class ManyTargets:
+    """Batches ``(x, {task: y})``: one input, with a target for each of several tasks.
+
+    Args:
+        loader: the batches.
+        tasks: those that have a target in every batch.
+    """
+
+    def __init__(self, loader: Loader, tasks: tuple[str, ...]) -> None:
+        self.loader = loader
+        self.tasks = tasks
+        self._changed: dict[Hashable, ManyTargets] = {}
+
+    def split(self, batch: Any) -> tuple[Any, Mapping[str, Any]]:
+        """Inputs and the targets of every task.
+
+        Raises:
+            DataError: targets that are no dict by task, are missing, or of an unknown task.
+        """
+        x, targets = split_batch(batch, "', '".join(self.tasks))
+        if not isinstance(targets, Mapping):
+            raise DataError(
+                "One loader for several tasks gives batches (x, {task: y}), found targets of type "
+                f"{type(targets).__name__}. Give a loader per task, {{task: loader}}, or targets "
+                f"for {', '.join(self.tasks)}."
+            )
+        for task in self.tasks:
+            if task not in targets:
+                raise DataError(
+                    f"A batch has no targets for '{task}'; found {', '.join(map(repr, targets))}. "
+                    "Every batch of one loader for several tasks has targets for all of them."
+                    + close_matches(task, map(str, targets))
+                )
+        for task in targets:
+            if task not in self.tasks:
+                raise DataError(
+                    f"A batch has targets for '{task}', which is no task of the model: "
+                    f"{', '.join(self.tasks)}. Add the task, or leave its targets out."
+                    + close_matches(str(task), self.tasks)
+                )
+        return x, targets
+
+    def changed(self, how: Hashable, change: Callable[[Loader], Loader]) -> ManyTargets:
+        """The same with another loader, the same object each time, so that tasks stay together.
+
+        Args:
+            how: says what is changed.
+            change: does it.
+        """
+        if how not in self._changed:
+            self._changed[how] = ManyTargets(change(self.loader), self.tasks)
+        return self._changed[how]
+
+
+@final
+class TargetsOf:
+    """One task's batches ``(x, y)`` among those of several.
+
+    Args:
+        many: the batches.
+        task: the task.
+    """
+
+    def __init__(self, many: ManyTargets, task: str) -> None:
+        self.many = many
+        self.task = task
+
+    def __len__(self) -> int:
+        return len(self.many.loader)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        for batch in self.many.loader:
+            x, targets = self.many.split(batch)
+            yield x, targets[self.task]
+
+
+# ------------------------------------------------------------------------------------ sources
+
+
+@final
+class Source:
+    """What is read at once: the batches of one task, or of several that have their input in common.
+
+    Args:
+        loader: the batches.
+        tasks: whose they are.
+        many: how the targets of several tasks are found; None for one task's own batches.
+    """
+
+    def __init__(self, loader: Loader, tasks: list[str], many: ManyTargets | None = None) -> None:
+        self.tasks = tasks
+        self._loader = loader
+        self._many = many
+
+    def __iter__(self) -> Iterator[Batches]:
+        for batch in self._loader:
+            if self._many is None:
+                yield {self.tasks[0]: split_batch(batch, self.tasks[0])}
+            else:
+                x, targets = self._many.split(batch)
+                yield {task: (x, targets[task]) for task in self.tasks}
+
+
+def sources(loaders: Mapping[str, Loader]) -> list[Source]:
+    """The loaders of several tasks as what is read at once."""
+    found: dict[Hashable, Source] = {}
+    for task, loader in loaders.items():
+        if not isinstance(loader, TargetsOf):
+            found[task] = Source(loader, [task])
+        elif id(loader.many) in found:
+            found[id(loader.many)].tasks.append(task)
+        else:
+            found[id(loader.many)] = Source(loader.many.loader, [task], loader.many)
+    return list(found.values())
 
 
 class Endless:
-    """Batches of one task without end: the loader starts again when it is exhausted.
+    """Batches without end: the source starts again when it is exhausted.
 
     Args:
-        loader: the batches of one pass.
-        task: the task's name, for errors.
-        streams: what the loader draws comes from the task's own, so that a task sees the same
+        source: the batches of one pass.
+        streams: what the loader draws comes from its first task's own, so that a task sees the same
             batches alone and together with others.
     """
 
-    def __init__(self, loader: Loader, task: str, streams: Streams) -> None:
-        self._loader = loader
-        self._task = task
+    def __init__(self, source: Source, streams: Streams) -> None:
+        self._source = source
         self._streams = streams
-        self._iterator: Iterator[Any] | None = None
+        self._iterator: Iterator[Batches] | None = None
 
-    def next(self) -> tuple[Any, Any]:
-        """Inputs and targets of the next batch.
+    def next(self) -> Batches:
+        """By task, inputs and targets of the next batch.
 
         Raises:
             DataError: a whole pass gave no batch.
         """
-        nothing = object()
-        with self._streams.of(self._task):
+        with self._streams.of(self._source.tasks[0]):
             for _ in range(2):
                 if self._iterator is None:
-                    self._iterator = iter(self._loader)
-                batch = next(self._iterator, nothing)
-                if batch is not nothing:
-                    return split_batch(batch, self._task)
+                    self._iterator = iter(self._source)
+                batch = next(self._iterator, None)
+                if batch is not None:
+                    return batch
                 self._iterator = None
-        raise DataError(f"The training data of '{self._task}' gave no batch.")
+        raise DataError(f"The training data of '{', '.join(self._source.tasks)}' gave no batch.")
 
 
 def together(
     loaders: Mapping[str, Loader], steps: int, seeds: Mapping[str, int]
-) -> Iterator[dict[str, tuple[Any, Any]]]:
+) -> Iterator[Batches]:
     """Steps that visit every task: shorter loaders start again, so that no data is cut off.
 
     Args:
@@ -92,12 +222,15 @@ def together(
         seeds: by task, of its random numbers.
 
     Returns:
-        ``{task: (inputs, targets)}`` for each step.
+        ``{task: (inputs, targets)}`` for each step, tasks in the order of the loaders.
     """
     streams = Streams(seeds)
-    sources = {task: Endless(loader, task, streams) for task, loader in loaders.items()}
+    endless = [Endless(source, streams) for source in sources(loaders)]
     for _ in range(steps):
-        yield {task: source.next() for task, source in sources.items()}
+        step: Batches = {}
+        for source in endless:
+            step |= source.next()
+        yield {task: step[task] for task in loaders}
 
 
 def inputs_are_finite(inputs: Any) -> bool:

@@ -17,14 +17,15 @@ from weft.core.rows import count_rows
 from weft.core.task import Metric
 from weft.errors import DataError, TaskError
 
-from .batches import Loader, inputs_are_finite, split_batch, to_device
+from .batches import Loader, Source, inputs_are_finite, sources, to_device
+from .loaders import loaders_by_task
 from .randomness import caller_keeps_randomness
 from .step import loss_of
 
 Scores = dict[str, float]
 
 
-def evaluate(model: MultiTaskModel, data: Mapping[str, Loader]) -> dict[str, Scores]:
+def evaluate(model: MultiTaskModel, data: Mapping[str, Loader] | Loader) -> dict[str, Scores]:
     """The metrics and the mean loss of each task, in eval mode, without changing anything.
 
     Modes and random number generators are put back afterwards. Where several processes run, each
@@ -32,7 +33,8 @@ def evaluate(model: MultiTaskModel, data: Mapping[str, Loader]) -> dict[str, Sco
 
     Args:
         model: the model.
-        data: by task, batches ``(x, y)``.
+        data: by task, batches ``(x, y)``; or, without a dict, batches ``(x, {task: y})`` for all
+            tasks of the model.
 
     Returns:
         ``{task: {metric: value, "loss": value}}``, the metric that chooses the best epoch first.
@@ -42,16 +44,17 @@ def evaluate(model: MultiTaskModel, data: Mapping[str, Loader]) -> dict[str, Sco
             number.
         DataError: no data, or targets that the task cannot take.
     """
-    for task in data:
+    loaders = loaders_by_task(data, model.task_names)
+    for task in loaders:
         model.head(task)  # an unknown or unfinished task is refused before any work
     device = device_of(model)
     scores: dict[str, Scores] = {}
     with modes_kept(model), torch.no_grad():
         model.eval()
-        for task, loader in data.items():
+        for source in sources(loaders):
             with caller_keeps_randomness(device):
-                scores[task] = _evaluate_task(model, task, loader, device)
-    return scores
+                scores |= _evaluate_source(model, source, device)
+    return {task: scores[task] for task in loaders}
 
 
 @contextmanager
@@ -65,28 +68,41 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
             module.training = modes.get(module, modes[model])
 
 
-def _evaluate_task(
-    model: MultiTaskModel, task: str, loader: Loader, device: torch.device
-) -> Scores:
-    description = model.tasks[task].task
-    metrics = {name: _fresh(metric, device) for name, metric in description.metrics.items()}
-    total, count = 0.0, 0
-    for batch in loader:
-        x, y = to_device(split_batch(batch, task), device)
+def _evaluate_source(
+    model: MultiTaskModel, source: Source, device: torch.device
+) -> dict[str, Scores]:
+    """The scores of tasks whose batches are read at once."""
+    tasks = {task: model.tasks[task].task for task in source.tasks}
+    metrics = {
+        task: {name: _fresh(metric, device) for name, metric in description.metrics.items()}
+        for task, description in tasks.items()
+    }
+    totals, count = dict.fromkeys(tasks, 0.0), 0
+    for given in source:
+        batches = to_device(given, device)
+        x, _ = next(iter(batches.values()))
         if not inputs_are_finite(x):
             raise DataError(
-                f"The inputs of '{task}' contain NaN or infinity. Clean the data before evaluating."
+                f"The inputs of '{source.tasks[0]}' contain NaN or infinity. Clean the data before "
+                "evaluating."
             )
         rows = count_rows((x,), {})
-        output = model.step({task: x}, charge={task: 0.0}).outputs[task]
-        total += float(loss_of(description, task, output, y)) * rows
         count += rows
-        for metric in metrics.values():
-            metric.update(output, y)
+        inputs = {task: x for task, (x, _) in batches.items()}
+        outputs = model.step(inputs, charge=dict.fromkeys(inputs, 0.0)).outputs
+        for task, (_, y) in batches.items():
+            totals[task] += float(loss_of(tasks[task], task, outputs[task], y)) * rows
+            for metric in metrics[task].values():
+                metric.update(outputs[task], y)
     if count == 0:
-        raise DataError(f"The data of '{task}' is empty: there is nothing to evaluate.")
-    scores = {name: _value(task, name, metric.compute()) for name, metric in metrics.items()}
-    return {**scores, "loss": total / count}
+        raise DataError(f"The data of '{source.tasks[0]}' is empty: there is nothing to evaluate.")
+    return {
+        task: {
+            **{name: _value(task, name, m.compute()) for name, m in metrics[task].items()},
+            "loss": totals[task] / count,
+        }
+        for task in tasks
+    }
 
 
 def _fresh(metric: Metric, device: torch.device) -> Metric:

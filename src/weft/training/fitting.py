@@ -15,11 +15,11 @@ from weft.errors import ConfigError, DataError, PlanError
 
 from . import checkpoint as checkpoints
 from .acceleration import flat, given_accelerator, own_accelerator, tracked
-from .batches import Endless, Loader, to_device
+from .batches import Endless, Loader, TaskData, sources, to_device
 from .evaluation import device_of, modes_kept
 from .files import check_writable
 from .history import Callback, History
-from .loaders import check_loader, steps_in
+from .loaders import check_loader, data_by_task, steps_in
 from .optimization import OptimizerChoice
 from .progress import Display
 from .randomness import Streams, caller_keeps_randomness, derived_seed
@@ -27,13 +27,10 @@ from .run import Run
 from .schedule import Schedule
 from .settings import Settings
 
-TaskData = Loader | tuple[Loader, Loader | None]
-"""Training batches of a task, alone or with validation batches."""
-
 
 def fit(
     model: MultiTaskModel,
-    data: Mapping[str, TaskData],
+    data: Mapping[str, TaskData] | TaskData,
     *,
     epochs: int = 30,
     lr: float = 0.01,
@@ -73,7 +70,8 @@ def fit(
     Args:
         model: the model; moved to the accelerator's device.
         data: by task, training batches or a pair of training and validation batches. Batches are
-            pairs (x, y) or dicts with "labels". Shorter loaders start again.
+            pairs (x, y) or dicts with "labels". Shorter loaders start again. Or, without a dict,
+            batches (x, {task: y}) or a pair of them: all tasks of the model on the same inputs.
         epochs: passes over the longest loader.
         lr: learning rate of own and shared tensors; plans may scale it per group.
         head_lr: learning rate of heads; default ``lr``.
@@ -137,6 +135,7 @@ def fit(
         seed=seed,
         weights=dict(weights or {}),
     )
+    data = data_by_task(data, model.task_names)
     tasks = _checked_tasks(model, data, subset=subset)
     settings.check(tasks)
     train, validation = _checked_data(data, exact=checkpoint is not None)
@@ -253,12 +252,12 @@ def _config(
 def _build_heads(model: MultiTaskModel, train: Mapping[str, Loader], seed: int) -> None:
     """Build heads that are sized by the base's output from the first batch of their data."""
     model.eval()
-    waiting = [task for task in train if not model.tasks[task].head_is_built]
+    waiting = {t: loader for t, loader in train.items() if not model.tasks[t].head_is_built}
     streams = Streams({task: derived_seed(seed, "head", task) for task in waiting})
-    for task in waiting:
-        batch, _ = Endless(train[task], task, streams).next()
-        with streams.of(task), torch.no_grad():
-            model.step({task: to_device(batch, device_of(model))}, charge={task: 0.0})
+    for source in sources(waiting):
+        for task, (x, _) in Endless(source, streams).next().items():
+            with streams.of(task), torch.no_grad():
+                model.step({task: to_device(x, device_of(model))}, charge={task: 0.0})
 
 
 @contextmanager

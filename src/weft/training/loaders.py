@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    Dataset,
     IterableDataset,
     RandomSampler,
+    Sampler,
     SequentialSampler,
     Subset,
     SubsetRandomSampler,
@@ -19,7 +22,66 @@ from torch.utils.data import (
 
 from weft.errors import DataError
 
-from .batches import Loader
+from .batches import Loader, ManyTargets, TargetsOf, TaskData
+
+
+def data_by_task(
+    data: Mapping[str, TaskData] | TaskData, tasks: tuple[str, ...]
+) -> Mapping[str, TaskData]:
+    """Data to train on by task, however it is given.
+
+    Args:
+        data: training batches or a pair (train, val), by task; or one of these for all tasks, with
+            batches ``(x, {task: y})``.
+        tasks: all tasks of the model.
+
+    Returns:
+        By task, training batches or a pair.
+
+    Raises:
+        DataError: a tuple that is no pair.
+    """
+    if isinstance(data, Mapping):
+        return data
+    if not isinstance(data, tuple):
+        return _of_each(data, tasks)
+    if len(data) != 2:
+        raise DataError(
+            f"The data is training batches or a pair (train, val), found a tuple of {len(data)}."
+        )
+    train, val = data
+    if val is None:
+        return _of_each(train, tasks)
+    validation = _of_each(val, tasks)
+    return {task: (loader, validation[task]) for task, loader in _of_each(train, tasks).items()}
+
+
+def loaders_by_task(
+    data: Mapping[str, Loader] | Loader, tasks: tuple[str, ...]
+) -> Mapping[str, Loader]:
+    """Batches by task, however they are given.
+
+    Args:
+        data: batches by task, or batches ``(x, {task: y})`` for all tasks.
+        tasks: all tasks of the model.
+
+    Returns:
+        By task, batches ``(x, y)``.
+
+    Raises:
+        DataError: no loader, or several where one is expected.
+    """
+    if isinstance(data, Mapping):
+        return data
+    if isinstance(data, tuple) or not isinstance(data, Iterable):
+        found = type(data).__name__
+        raise DataError(f"Expected one loader, or a dict with one for each task, found {found}.")
+    return _of_each(data, tasks)
+
+
+def _of_each(loader: Loader, tasks: tuple[str, ...]) -> dict[str, Loader]:
+    many = ManyTargets(loader, tasks)
+    return {task: TargetsOf(many, task) for task in tasks}
 
 
 def check_loader(loader: Loader, task: str, *, exact: bool) -> None:
@@ -33,6 +95,7 @@ def check_loader(loader: Loader, task: str, *, exact: bool) -> None:
     Raises:
         DataError: says what is wrong and what to do.
     """
+    loader = _read(loader)
     if not isinstance(loader, Iterable):
         raise DataError(
             f"The data of '{task}' is batches, for instance a DataLoader; found "
@@ -78,6 +141,11 @@ def steps_in(loader: Loader, task: str) -> int:
     return steps
 
 
+def _read(loader: Loader) -> Loader:
+    """What is read for a loader: that of several tasks for one task's part in it."""
+    return loader.many.loader if isinstance(loader, TargetsOf) else loader
+
+
 def _length(loader: Loader) -> int | None:
     try:
         return len(loader)  # type: ignore[arg-type]
@@ -102,6 +170,11 @@ def slice_loader(loader: Loader, part: tuple[float, float], seed: int, task: str
     """
     if part == (0.0, 1.0):
         return loader
+    if isinstance(loader, TargetsOf):
+        many = loader.many.changed(
+            ("part", part, seed), lambda batches: slice_loader(batches, part, seed, task)
+        )
+        return TargetsOf(many, loader.task)
     if (
         not isinstance(loader, DataLoader)
         or isinstance(loader.dataset, IterableDataset)
@@ -121,11 +194,26 @@ def slice_loader(loader: Loader, part: tuple[float, float], seed: int, task: str
             f"The plan trains '{task}' on the part {part[0]}..{part[1]} of its {count} samples, "
             "which is not even one batch. Give more data or smaller batches."
         )
+    subset: Subset[Any] = Subset(dataset, chosen)
+    sampler: Sampler[int] = SequentialSampler(subset)
+    if isinstance(loader.sampler, RandomSampler):
+        sampler = RandomSampler(subset, generator=loader.sampler.generator)
+    return _with_batches(loader, subset, BatchSampler(sampler, loader.batch_size, loader.drop_last))
+
+
+def _with_batches(
+    loader: DataLoader[Any], dataset: Dataset[Any], batches: Iterable[list[int]]
+) -> DataLoader[Any]:
+    """A loader of other batches that is otherwise the same, but for workers that persist.
+
+    Args:
+        loader: the loader.
+        dataset: its data set, or a part of it.
+        batches: places in the data set, batch by batch.
+    """
     return DataLoader(
-        Subset(dataset, chosen),
-        batch_size=loader.batch_size,
-        shuffle=isinstance(loader.sampler, RandomSampler),
-        drop_last=loader.drop_last,
+        dataset,
+        batch_sampler=batches,
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
@@ -154,35 +242,35 @@ def share_of_process(loader: Loader, index: int, count: int, task: str) -> Loade
     """
     if count == 1:
         return loader
-    if (
-        not isinstance(loader, DataLoader)
-        or isinstance(loader.dataset, IterableDataset)
-        or loader.batch_size is None
-        or loader.batch_size % count
-    ):
+    if isinstance(loader, TargetsOf):
+        many = loader.many.changed(
+            ("share", index, count), lambda batches: share_of_process(batches, index, count, task)
+        )
+        return TargetsOf(many, loader.task)
+    rows = _rows_in_batch(loader)
+    if not isinstance(loader, DataLoader) or rows is None or rows % count:
         found = type(loader).__name__
         if isinstance(loader, DataLoader):
-            found += f" with batch_size={loader.batch_size}"
+            found += f" with batch_size={rows}"
         raise DataError(
             f"{count} processes divide every batch of '{task}' between them: give a DataLoader "
             f"over a map-style data set whose batch size is a multiple of {count}, found {found}."
         )
-    return DataLoader(
-        loader.dataset,
-        batch_sampler=BatchSamplerShard(loader.batch_sampler, count, index, split_batches=True),
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
-        timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-        prefetch_factor=loader.prefetch_factor,
-        generator=loader.generator,
-    )
+    shard = BatchSamplerShard(loader.batch_sampler, count, index, split_batches=True)
+    return _with_batches(loader, loader.dataset, shard)
+
+
+def _rows_in_batch(loader: Loader) -> int | None:
+    """The rows of a full batch of a loader over a map-style data set, where it says so."""
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return None
+    batches = loader.batch_sampler
+    return batches.batch_size if type(batches) is BatchSampler else None
 
 
 def reseed(loader: Loader, seed: int) -> None:
     """Seed the generators that a loader has of its own."""
+    loader = _read(loader)
     if not isinstance(loader, DataLoader):
         return
     batches = loader.batch_sampler

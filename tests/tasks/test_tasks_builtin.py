@@ -24,7 +24,29 @@ TASKS = {
     "regression": weft.Regression(),
     "l1": weft.Regression(2, loss="l1"),
     "segmentation": weft.Segmentation(3, ignore=9),
+    "classification auc": weft.Classification(3, auc="per_batch", head_trains=False),
+    "labels auc": weft.Binary(2, auc="per_batch"),
+    "segmentation as published": weft.Segmentation(["sky", "sea"], variant="adashare", head="aspp"),
+    "depth": weft.Depth(),
+    "depth as published": weft.Depth(minimum=3e-5, variant="adashare", head="aspp"),
+    "normals": weft.SurfaceNormals(),
+    "normals as published": weft.SurfaceNormals(encoding="adashare", head="aspp"),
+    "edges": weft.DenseRegression(invalid=255.0),
+    "flow": weft.DenseRegression(2, head="aspp"),
 }
+# What bundles held before these kinds had more options, and what the new options are then.
+EARLIER = [
+    (
+        {"kind": "classification", "classes": ["a", "b"], "smoothing": 0.1, "head_init": "zero"},
+        {"head_trains": True, "auc": None},
+    ),
+    ({"kind": "binary", "labels": 3}, {"auc": "pooled"}),
+    ({"kind": "regression", "targets": 2, "loss": "l1"}, {}),
+    (
+        {"kind": "segmentation", "classes": 4, "ignore": 9},
+        {"variant": "standard", "head": "conv"},
+    ),
+]
 
 
 def head(task: weft.Task, features: Tensor) -> nn.Module:
@@ -144,7 +166,7 @@ def test_binary_metrics_agree_with_scikit_learn_however_batched() -> None:
 
 def test_multi_label_accuracy_counts_labels() -> None:
     logits, target = torch.tensor([[1.0, -1.0], [2.0, 2.0]]), torch.tensor([[1, 0], [1, 0]])
-    assert measured(weft.Binary(2), (logits, target)) == {"accuracy": 0.75}
+    assert measured(weft.Binary(2, auc=None), (logits, target)) == {"accuracy": 0.75}
 
 
 def test_regression_metrics_pool_over_batches() -> None:
@@ -225,6 +247,14 @@ def test_right_targets_pass(name: str, output: tuple[int, ...], target: Tensor) 
         (lambda: weft.Regression(loss="huber"), "'mse' or 'l1', found 'huber'"),
         (lambda: weft.Classification(3, smoothing=1.0), r"in \[0, 1\), found 1.0"),
         (lambda: weft.Classification(3, head_init="ones"), "'default' or 'zero', found 'ones'"),
+        (lambda: weft.Classification(3, head_init="zero", head_trains=False), "no gradient"),
+        (lambda: weft.Binary(auc="pooling"), "found 'pooling'. Close matches: pooled"),
+        (lambda: weft.Segmentation(3, variant="adshare"), "Close matches: adashare"),
+        (lambda: weft.Depth(minimum=-1.0), "a number >= 0, found -1.0"),
+        (lambda: weft.Depth(minimum=float("nan")), "a number >= 0, found nan"),
+        (lambda: weft.Depth(head="asp"), "'conv' or 'aspp', found 'asp'. Close matches: aspp"),
+        (lambda: weft.DenseRegression(0), "at least 1 channel, found 0"),
+        (lambda: weft.SurfaceNormals(encoding="raw"), "'decoded' or 'adashare', found 'raw'"),
     ],
 )
 def test_wrong_options_are_refused(make: Any, complaint: str) -> None:
@@ -251,12 +281,22 @@ def test_tasks_come_back_from_their_description_and_from_pickle(name: str) -> No
     assert copied.head == task.head
 
 
+@pytest.mark.parametrize(("spec", "added"), EARLIER)
+def test_earlier_descriptions_mean_what_they_meant(
+    spec: dict[str, Any], added: dict[str, Any]
+) -> None:
+    assert task_from_spec(spec).spec == {**spec, **added}
+
+
 @pytest.mark.parametrize(
     ("spec", "complaint"),
     [
         ({"kind": "clasification", "classes": 3}, "Close matches: classification"),
         ({}, "no kind of task None. Kinds: classification, binary, regression, segmentation"),
         ({"kind": "regression", "clases": 3}, "Task of kind 'regression':.*'clases'"),
+        ({"kind": "classification", "smothing": 0.1}, "'smothing'. Close matches: smoothing"),
+        ({"kind": "surface_normals", "size": 3}, "'size'. Options: encoding, head"),
+        ({"kind": "normals"}, "Close matches: surface_normals"),
         ({"kind": "classification"}, "Task of kind 'classification':.*missing.*'classes'"),
     ],
 )

@@ -1,0 +1,119 @@
+"""Instance-gated inference: does the time follow the share of blocks that run?
+
+A ResNet-34 whose 16 blocks all have a gate (`weft.dynashare`). Gates are computed as always; their
+decisions are then replaced, so that a stated share of (row, block) pairs runs. The ideal is the
+time of the same network without gates, all blocks skipped, plus that share of the blocks' time;
+for one row, the time of a network that consists of the open blocks only.
+
+Run with: python bench/gated_inference.py [rounds] [threads]
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+import weft
+from resnet import ResNet34
+from timing import machine, milliseconds, paired
+
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+def gated_model(base: nn.Module, example: Tensor) -> weft.MultiTaskModel:
+    """One task that executes every block, each behind a gate, as after training."""
+    plan = weft.dynashare(base, example=example, target=(0.5,) * 16)
+    model = weft.MultiTaskModel(base, plan).eval()
+    model.add_task("task", weft.Task(head=None, loss=nn.functional.mse_loss))
+    for block in plan.options["blocks"]:
+        model.tasks["task"].own[f"{block}:gated"].fill_(True)
+    return model
+
+
+def forced(model: weft.MultiTaskModel, opened: dict[str, Tensor]) -> weft.View:
+    """A view whose gates decide as told, (rows,) for each block."""
+    view = model.view("task")
+
+    def decide(choice: Tensor) -> Callable[..., Tensor]:
+        scores = torch.stack([~choice, choice], 1).float()
+        return lambda _module, _args, _scores: scores
+
+    for site, choice in opened.items():
+        gate = view.structure.get_submodule(site).adapter.gate
+        gate.register_forward_hook(decide(choice))
+    return view
+
+
+def decisions(blocks: Sequence[str], share: float, rows: int) -> dict[str, Tensor]:
+    """Which rows run which block: a share of the rows, or of the blocks if there is one row."""
+    opened = {}
+    for i, block in enumerate(blocks):
+        if rows == 1:
+            opened[block] = torch.tensor([int((i + 1) * share) > int(i * share)])
+        else:
+            opened[block] = torch.randperm(rows) < round(share * rows)
+    return opened
+
+
+def without_gates(
+    base: nn.Module, shortcuts: dict[str, str], opened: dict[str, Tensor]
+) -> nn.Module:
+    """The network of the blocks that run for the first row: plain modules, nothing inserted."""
+    model = weft.MultiTaskModel(base, weft.adashare(base, blocks=shortcuts)).eval()
+    model.add_task("task", weft.Task(head=None, loss=nn.functional.mse_loss))
+    for block in shortcuts:
+        model.tasks["task"].own[f"{block}:execute"].fill_(bool(opened[block][0]))
+    return model.fold("task")
+
+
+def measure(rows: int, rounds: int, size: int = 224) -> None:
+    """Print a row per share."""
+    base = ResNet34().eval()
+    x = torch.randn(rows, 3, size, size)
+    model = gated_model(base, x[:1])
+    blocks = model.sharing.options["blocks"]
+
+    print(f"{rows} row(s) of {size} x {size}; plain: the base, all blocks run")
+    for share in SHARES:
+        opened = decisions(tuple(blocks), share, rows)
+        contestants: dict[str, nn.Module] = {
+            "gated": forced(model, opened),
+            "plain": base,
+            "none": without_gates(base, blocks, decisions(tuple(blocks), 0.0, rows)),
+        }
+        if rows == 1:
+            contestants["open"] = without_gates(base, blocks, opened)
+        with torch.inference_mode():
+            seconds = paired({n: lambda m=m: m(x) for n, m in contestants.items()}, rounds)
+        if rows == 1:
+            ideal = seconds["open"]
+        else:
+            pairs = zip(seconds["none"], seconds["plain"], strict=True)
+            ideal = [none + share * (full - none) for none, full in pairs]
+        ratios = sorted(g / i for g, i in zip(seconds["gated"], ideal, strict=True))
+        quarter = len(ratios) // 4
+        print(
+            f"share {share:4.2f}: gated {milliseconds(seconds['gated'])}, ideal "
+            f"{milliseconds(ideal)}, plain {milliseconds(seconds['plain'])}; gated / ideal "
+            f"{statistics.median(ratios):.3f} (quartiles {ratios[quarter]:.3f} to "
+            f"{ratios[-1 - quarter]:.3f})"
+        )
+
+
+def main() -> None:
+    """One row, and a batch of 32."""
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 20
+    if len(sys.argv) > 2:
+        torch.set_num_threads(int(sys.argv[2]))
+    torch.manual_seed(0)
+    print(machine())
+    measure(1, 3 * rounds)
+    measure(32, rounds)
+
+
+if __name__ == "__main__":
+    main()

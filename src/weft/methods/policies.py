@@ -1,0 +1,200 @@
+"""Policies over residual blocks: what AdaShare and DynaShare have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from weft.adapters.block_policy import Draw, KeptOutput
+from weft.core.adapter import Insertion
+from weft.core.blocks import ResidualBlock, residual_blocks
+from weft.core.patch import Patch, Replace
+from weft.core.sharing import Group, Penalty, Phase, Turn
+from weft.core.sites import sites
+from weft.errors import PlanError
+from weft.penalties import PolicyForm, PolicySharing, PolicySparsity
+
+from .policy_course import ExecuteAll, FixPolicies, LearnPolicies
+
+FIXED = ("*:logits", "*:temperature", "*:execute", "*:gated")
+"""Patterns of the keys that a policy is made of."""
+
+Blocks = Iterable[str] | Mapping[str, str]
+"""Sites of residual blocks; as a mapping, with the child that goes around the branch or ""."""
+
+
+# ------------------------------------------------------------------------------- the network
+
+
+def find_blocks(
+    method: str, base: nn.Module, example: Any, blocks: Blocks | None
+) -> dict[str, ResidualBlock]:
+    """The blocks that a plan is about, in the order in which they run.
+
+    Raises:
+        PlanError: there are none, or what was given does not tell.
+    """
+    if example is not None:
+        found = residual_blocks(base, example, blocks)
+    elif isinstance(blocks, Mapping):
+        found = {site: ResidualBlock(shortcut, 0, 1) for site, shortcut in blocks.items()}
+    else:
+        raise PlanError(
+            f"{method} finds residual blocks by running the base once: give it example=x, one "
+            "batch for the base, or say which they are with blocks={block: shortcut}."
+        )
+    if not found:
+        raise PlanError(
+            f"{method} skips residual blocks, and this base has none that it can: modules with a "
+            "layer whose output is their input, or what a child makes of it, plus a branch. Blocks "
+            "that normalise the sum (post-norm) cannot be skipped. Try taps."
+        )
+    return found
+
+
+def with_shortcuts(
+    policies: Mapping[str, Insertion], found: Mapping[str, ResidualBlock]
+) -> dict[str, Insertion]:
+    """By site, the policies of blocks, and what keeps the outputs of their shortcuts."""
+    shortcuts = {f"{site}.{b.shortcut}": KeptOutput() for site, b in found.items() if b.shortcut}
+    return {**policies, **shortcuts}
+
+
+def everything(base: nn.Module) -> frozenset[str]:
+    """Names of all parameters and running statistics."""
+    return frozenset(name for s in sites(base) for name in s.parameters + s.statistics)
+
+
+# -------------------------------------------------------------------------------- the options
+
+
+@dataclass(frozen=True)
+class PolicyOptions:
+    """How policies are learned; see `weft.adashare` for each option."""
+
+    sparsity: float
+    sharing: float
+    losses: PolicyForm
+    warmup: float
+    retrain: float
+    curriculum: float
+    temperature: tuple[float, float]
+    policy_data: float
+    policy_lr: float
+    evaluation: Draw
+    final: Draw
+    seed: int
+    retrain_from: Literal["start", "policy"]
+    batchnorm: Literal["shared", "private"]
+
+    def check(self, method: str) -> None:
+        """Refuse options out of range.
+
+        Raises:
+            PlanError: names the option.
+        """
+        words: dict[str, tuple[str, tuple[str, ...]]] = {
+            "losses": (self.losses, ("paper", "code")),
+            "evaluation": (self.evaluation, ("likely", "sample")),
+            "final": (self.final, ("likely", "sample")),
+            "retrain_from": (self.retrain_from, ("start", "policy")),
+            "batchnorm": (self.batchnorm, ("shared", "private")),
+        }
+        for option, (word, known) in words.items():
+            check_word(method, option, word, known)
+        for option in ("sparsity", "sharing", "policy_lr"):
+            check_price(method, option, getattr(self, option))
+        if not (self.warmup >= 0.0 and self.retrain > 0.0 and self.warmup + self.retrain < 1.0):
+            raise PlanError(
+                f"{method}(warmup=..., retrain=...) are shares of the epochs, at least 0 and over "
+                f"0, that leave some for policies; found {self.warmup} and {self.retrain}."
+            )
+        if not 0.0 <= self.curriculum <= 1.0:
+            raise PlanError(f"{method}(curriculum=...) is in [0, 1], found {self.curriculum}.")
+        if not 0.0 < self.policy_data < 1.0:
+            raise PlanError(f"{method}(policy_data=...) is in (0, 1), found {self.policy_data}.")
+        if len(self.temperature) != 2 or not min(self.temperature) > 0.0:
+            raise PlanError(
+                f"{method}(temperature=...) is two numbers > 0, for the first and the last epoch "
+                f"of policy learning; found {self.temperature}."
+            )
+
+    def plain(self, found: Mapping[str, ResidualBlock]) -> dict[str, Any]:
+        """The options as plain values, with the blocks that they are about."""
+        return {"blocks": {site: b.shortcut for site, b in found.items()}, **asdict(self)}
+
+    def patches(self, base: nn.Module) -> dict[str, Patch]:
+        """What a task owns of the base: nothing, or all normalisations with running statistics."""
+        normalised = [s for s in sites(base) if s.statistics and self.batchnorm == "private"]
+        return {name: Replace() for s in normalised for name in s.parameters + s.statistics}
+
+    def penalties(self, blocks: tuple[str, ...]) -> tuple[Penalty, ...]:
+        """What policies are charged while they are learned."""
+        return (
+            PolicySparsity(self.sparsity, blocks, self.losses),
+            PolicySharing(self.sharing, blocks, self.losses),
+        )
+
+    def groups(self) -> tuple[Group, ...]:
+        """Policies learn at a rate of their own, and nothing pulls them to one half."""
+        return (Group(match=("*:logits",), lr=self.policy_lr, decay=False),)
+
+    def phases(self, blocks: tuple[str, ...], *, charged: bool) -> tuple[Phase, ...]:
+        """Warm-up, policy learning, and training with fixed policies.
+
+        Args:
+            blocks: sites of the blocks, in the order in which they run.
+            charged: whether the plan has penalties for the last phase.
+        """
+        split = 1.0 - self.policy_data
+        first = Phase(
+            "warm-up",
+            share=self.warmup,
+            freeze=("*:logits",),
+            penalty=0.0,
+            selectable=False,
+            each_epoch=ExecuteAll(blocks),
+        )
+        learn = Phase(
+            "policy",
+            share=1.0 - self.warmup - self.retrain,
+            turns=(
+                Turn("weights", freeze=("*:logits",), penalty=0.0, data=(0.0, split)),
+                Turn("policy", train=("*:logits",), heads=False, data=(split, 1.0)),
+            ),
+            selectable=False,
+            each_epoch=LearnPolicies(blocks, self.curriculum, *self.temperature),
+            transition=FixPolicies(blocks, self.final, self.seed),
+        )
+        again = Phase(
+            "retrain",
+            share=self.retrain,
+            freeze=FIXED,
+            penalty=1.0 if charged else 0.0,
+            restart=self.retrain_from == "start",
+        )
+        return (first, learn, again) if self.warmup else (learn, again)
+
+
+def check_word(method: str, option: str, word: str, known: tuple[str, ...]) -> None:
+    """Refuse an unknown word.
+
+    Raises:
+        PlanError: names the option and its words.
+    """
+    if word not in known:
+        words = " or ".join(map(repr, known))
+        raise PlanError(f"{method}({option}=...) is {words}, found {word!r}.")
+
+
+def check_price(method: str, option: str, price: float) -> None:
+    """Refuse a number below zero.
+
+    Raises:
+        PlanError: names the option.
+    """
+    if not price >= 0.0:
+        raise PlanError(f"{method}({option}=...) is a number >= 0, found {price}.")
