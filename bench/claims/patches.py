@@ -10,16 +10,14 @@ each into a folder of their own, to see that everything works.
 
 from __future__ import annotations
 
-import argparse
-import json
-import multiprocessing
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import fleet
 import torch
 import yaml
 from mobilenet import WEIGHTS_FILE, mobilenet_v2_035
@@ -40,10 +38,7 @@ def make_base(data: Path) -> nn.Module:
 
 
 def make_plan(base: nn.Module, settings: Config) -> weft.Sharing:
-    """A cell's plan; ``shared_but_heads`` is the paper's multi-task baseline of logits only."""
-    if settings["method"] == "shared_but_heads":
-        everything = frozenset(weft.full_finetune(base).patches)
-        return weft.Sharing("shared_but_heads", train_shared=everything)
+    """A cell's plan."""
     return weft.method(settings["method"], base, **settings.get("options", {}))
 
 
@@ -148,59 +143,27 @@ def all_cells(config: Config) -> list[tuple[str, str, str, int]]:
     ]
 
 
-def worker(config: Config, data: Path, out: Path) -> None:
-    """Run the cells that no process has taken yet."""
-    torch.set_num_threads(1)
-    for kind, task, cell, seed in all_cells(config):
-        path = out / f"{kind}-{task}-{cell}-{seed}.json"
-        claim = path.with_suffix(".taken")
-        if path.exists():
-            continue
-        try:
-            claim.touch(exist_ok=False)
-        except FileExistsError:
-            continue
-        try:
-            started = time.perf_counter()
-            settings = config[kind]["cells"][cell]
-            torch.manual_seed(seed)
-            found = KINDS[kind]({**config, "seed": seed}, data, task, settings)
-            seconds = time.perf_counter() - started
-            about = {"kind": kind, "task": task, "cell": cell, "seed": seed, "settings": settings}
-            versions = {"torch": torch.__version__, "weft": weft.__version__}
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps({**about, **found, "seconds": seconds, **versions}))
-            os.replace(temporary, path)
-            print(f"{path.stem}: {seconds:.0f} s", flush=True)
-        finally:
-            claim.unlink(missing_ok=True)
+def run_cell(config: Config, data: Path, kind: str, task: str, cell: str, seed: int) -> Config:
+    """One cell of one kind."""
+    started = time.perf_counter()
+    settings = config[kind]["cells"][cell]
+    torch.manual_seed(seed)
+    found = KINDS[kind]({**config, "seed": seed}, data, task, settings)
+    about = {"kind": kind, "task": task, "cell": cell, "seed": seed, "settings": settings}
+    return {**about, **found, "seconds": time.perf_counter() - started}
 
 
 def main() -> None:
     """Run all cells that are not there yet."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=os.environ.get("WEFT_DATA"))
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "patches")
-    parser.add_argument("--jobs", type=int, default=2)
+    parser = fleet.arguments(__doc__, HERE / "results" / "patches")
     parser.add_argument("--smoke", action="store_true", help="two steps of each cell, one seed")
-    arguments = parser.parse_args()
-    if arguments.data is None:
-        parser.error("say where the data is: --data DIR or WEFT_DATA")
+    given = parser.parse_args()
     config = yaml.safe_load((HERE / "patches.yaml").read_text())
-    out = arguments.out
-    if arguments.smoke:
+    out = given.out
+    if given.smoke:
         config |= {"seeds": [0], "steps": 2, "batch_size": 8}
         out = out.with_name(out.name + "-smoke")
-    out.mkdir(parents=True, exist_ok=True)
-    for stale in out.glob("*.taken"):
-        stale.unlink()
-    context = multiprocessing.get_context("spawn")
-    work = (config, arguments.data, out)
-    processes = [context.Process(target=worker, args=work) for _ in range(arguments.jobs)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
+    fleet.run(partial(run_cell, config, given.data), all_cells(config), out, given.jobs)
 
 
 if __name__ == "__main__":

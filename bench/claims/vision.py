@@ -1,26 +1,25 @@
 """Every method of weft on real images: one cell per data set, method and seed.
 
 The last epoch is reported, so no choice is made on test data; validation scores stand beside it.
-Cells run in two processes of one thread each, which is faster on two cores than one of two.
+``vision.yaml`` compares methods, ``budgets.yaml`` asks TAPS for four sizes.
 """
 
 from __future__ import annotations
 
-import argparse
-import ctypes
-import json
-import multiprocessing
-import os
-import platform
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import fleet
 import safetensors.torch
 import torch
 import yaml
+from cifar_resnet import WEIGHTS_FILE as CIFAR_WEIGHTS
+from cifar_resnet import cifar_resnet20
 from mobilenet import WEIGHTS_FILE, mobilenet_v2_035
+from torch import nn
 
 import weft
 from weft.data import Augmentation, Preprocessing, load, loader
@@ -28,21 +27,31 @@ from weft.data import Augmentation, Preprocessing, load, loader
 HERE = Path(__file__).parent
 
 
+def make_base(name: str, data: Path) -> tuple[nn.Module, Preprocessing, int]:
+    """A pretrained trunk, how its pixels are scaled, and the side of its images."""
+    weights = data / "weights"
+    if name == "mobilenet_v2_035":
+        base = mobilenet_v2_035(weights / WEIGHTS_FILE).to(memory_format=torch.channels_last)
+        return base, Preprocessing.symmetric(), 96
+    base = cifar_resnet20(weights / CIFAR_WEIGHTS).to(memory_format=torch.channels_last)
+    return base, Preprocessing.imagenet(), 32
+
+
 def run_cell(config: dict[str, Any], data: Path, task: str, cell: str, seed: int) -> dict[str, Any]:
     """Train and score one cell."""
     settings = config["cells"][cell]
     epochs = config["tasks"][task]
     torch.manual_seed(seed)
-    base = mobilenet_v2_035(data / "weights" / WEIGHTS_FILE).to(memory_format=torch.channels_last)
+    base, scale, side = make_base(config["bases"].get(task, "mobilenet_v2_035"), data)
     sets = load(f"npz:{data / (task + '.npz')}")
-    scale = Preprocessing(mean=(0.5,) * 3, std=(0.5,) * 3)
-    crop = Augmentation(flip=True, crop_padding=8)
+    # Traffic signs that point left are other signs than those that point right.
+    crop = Augmentation(flip=task != "gtsrb", crop_padding=side // 12)
     batch = config["batch_size"]
     train = loader(sets.train, batch, train=True, augmentation=crop, preprocessing=scale)
     val = loader(sets.val, 256, train=False, preprocessing=scale)
     test = loader(sets.test, 256, train=False, preprocessing=scale)
     plan = weft.method(settings["method"], base, **settings.get("options", {}))
-    model = weft.MultiTaskModel(base, plan, example=torch.zeros(1, 3, 96, 96))
+    model = weft.MultiTaskModel(base, plan, example=torch.zeros(1, 3, side, side))
     model.add_task(task, weft.Classification(sets.classes, head_init="zero"))
     head_lr = settings.get("head_lr", config["head_lr"])
     started = time.perf_counter()
@@ -71,75 +80,30 @@ def run_cell(config: dict[str, Any], data: Path, task: str, cell: str, seed: int
         "val": rows[-1]["val"],
         "val_by_epoch": [r["val"]["accuracy"] for r in rows],
         "gates_by_epoch": [r["open_gates"] for r in rows],
+        "own_by_epoch": [r["own_fraction"] for r in rows],
+        "price_by_epoch": [r["price"] for r in rows if "price" in r],
         "bytes_on_disk": len(safetensors.torch.save(own)),
         "epoch_seconds": statistics.median(r["seconds"] for r in rows),
         "seconds": time.perf_counter() - started,
         **{k: v for k, v in ledger.to_dict().items() if k != "task"},
-        "machine": platform.machine(),
-        "torch": torch.__version__,
-        "weft": weft.__version__,
     }
-
-
-def worker(
-    config: dict[str, Any], data: Path, out: Path, cells: list[tuple[str, str, int]]
-) -> None:
-    """Run the cells that no process has taken yet."""
-    torch.set_num_threads(1)
-    if platform.system() == "Linux":
-        # Keep freed memory: glibc otherwise returns it to the system after every step.
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 1 << 30)
-        libc.mallopt(-1, 2**31 - 1)
-    for task, cell, seed in cells:
-        path = out / f"{task}-{cell}-{seed}.json"
-        claim = path.with_suffix(".taken")
-        if path.exists():
-            continue
-        try:
-            claim.touch(exist_ok=False)
-        except FileExistsError:
-            continue
-        try:
-            result = run_cell(config, data, task, cell, seed)
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(result, indent=1))
-            os.replace(temporary, path)
-            share = 100 * result["own_fraction"]
-            accuracy = 100 * result["test"]["accuracy"]
-            print(f"{path.stem}: test {accuracy:.1f} %, own {share:.1f} %", flush=True)
-        finally:
-            claim.unlink(missing_ok=True)
 
 
 def main() -> None:
     """Run all cells that are not there yet."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=os.environ.get("WEFT_DATA"))
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "vision")
-    parser.add_argument("--jobs", type=int, default=2)
-    arguments = parser.parse_args()
-    if arguments.data is None:
-        parser.error("say where the data is: --data DIR or WEFT_DATA")
-    config = yaml.safe_load((HERE / "vision.yaml").read_text())
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    for stale in arguments.out.glob("*.taken"):
-        stale.unlink()
+    parser = fleet.arguments(__doc__, HERE / "results")
+    parser.add_argument("--config", type=Path, default=HERE / "vision.yaml")
+    given = parser.parse_args()
+    config = {"bases": {}, **yaml.safe_load(given.config.read_text())}
     cells = [
         (task, cell, seed)
         for cell in config["cells"]
         for seed in config["seeds"]
         for task in config["tasks"]
     ]
-    context = multiprocessing.get_context("spawn")
-    processes = [
-        context.Process(target=worker, args=(config, arguments.data, arguments.out, cells))
-        for _ in range(arguments.jobs)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
+    fleet.run(
+        partial(run_cell, config, given.data), cells, given.out / given.config.stem, given.jobs
+    )
 
 
 if __name__ == "__main__":
