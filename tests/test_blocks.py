@@ -235,7 +235,7 @@ REFUSED: dict[str, tuple[nn.Module, str, str]] = {
     "in place": (nn.Sequential(InPlace()), "0", "gives neither its input"),
     "a pair": (Parent(Pair(), lambda b, x: b(x)[0]), "block", "its output is a tuple"),
     "keyword": (Parent(mlp(), lambda b, x: b(x=x)), "block", "no tensor in the first place"),
-    "unused": (Parent(mlp(), lambda b, x: x), "block", "does not call it on the example"),
+    "unused": (Parent(mlp(), lambda _, x: x), "block", "does not call it on the example"),
     "integers": (
         Parent(nn.Embedding(4, 4), lambda b, x: b(x.argmax(1))),
         "block",
@@ -259,7 +259,7 @@ def test_named_blocks_are_checked_and_ordered() -> None:
         "blocks.3",
     ]
     assert list(residual_blocks(base, images(), dict(reversed(SHORTCUTS.items())))) == list(BLOCKS)
-    with pytest.raises(PlanError, match="shortcut of block 'blocks.1' is 'down', not ''"):
+    with pytest.raises(PlanError, match=r"shortcut of block 'blocks.1' is 'down', not ''"):
         residual_blocks(base, images(), {"blocks.1": ""})
     with pytest.raises(PlanError, match=r"'blocks.7' is not in the base.*blocks.3"):
         residual_blocks(base, images(), ["blocks.7"])

@@ -120,5 +120,5 @@ def test_a_mixed_batch_gives_inputs_of_one_row_to_all_rows() -> None:
 def test_a_base_that_cannot_be_copied_is_refused_with_a_way_out() -> None:
     base = nn.Linear(3, 2)
     base.cached = base(torch.randn(1, 3))  # a tensor inside a graph
-    with pytest.raises(PlanError, match="a Linear, cannot be copied.*weight normalisation"):
+    with pytest.raises(PlanError, match=r"a Linear, cannot be copied.*weight normalisation"):
         weft.MultiTaskModel(base, weft.full_finetune(base))

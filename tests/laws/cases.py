@@ -127,7 +127,7 @@ def gates(model: weft.MultiTaskModel, task: str) -> set[str]:
         for name, patch in state.patches.items()
         if patch.gate_score(state.own) is not None
         for key in patch.keys(name)
-        if state.own[key].dim() == 0
+        if isinstance(state.own[key], nn.Parameter) and state.own[key].dim() == 0
     }
 
 
@@ -140,7 +140,7 @@ def closed(model: weft.MultiTaskModel, task: str) -> set[str]:
         for name, patch in state.patches.items()
         if shut.intersection(patch.keys(name))
         for key in patch.keys(name)
-        if key not in shut
+        if key not in shut and isinstance(state.own[key], nn.Parameter)
     }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 import weft
@@ -115,7 +116,7 @@ def test_a_policy_that_skips_ignores_the_gate(training: bool) -> None:
         always(model, opened)
         step = model.step({"a": x})
         assert not any("gate" in what for what in step.records["a"].values())
-        assert float(step.penalty) == 0.0
+        assert step.penalty.item() == 0.0
         outputs.append(step.outputs["a"])
     if not training:
         assert torch.equal(*outputs)
@@ -353,6 +354,44 @@ def test_gates_are_trained_towards_their_targets() -> None:
                 rates[block].append(float(records["gate"].mean()))
     means = [float(np.mean(r)) for r in rates.values()]
     assert means == pytest.approx([0.2, 0.8, 0.2, 0.8], abs=0.12)
+
+
+class Checkpointed(nn.Module):
+    """A network whose blocks are run again during the backward."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.blocks = base.stem, base.blocks
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
+        return x.mean((2, 3))
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_activation_checkpointing_changes_nothing(learned: bool) -> None:
+    gradients, statistics = [], []
+    for wrap in (lambda base: base, Checkpointed):
+        model = model_of(wrap(net()), plan_of(wrap(net()))).train()
+        for task in "ab":
+            choose(model, task, "1111", gated=True)
+        if learned:
+            learn(model)
+        torch.manual_seed(5)
+        step = model.step({t: images(8) for t in "ab"})
+        (sum(o.square().sum() for o in step.outputs.values()) + step.penalty).backward()
+        found = {k: p.grad for k, p in model.named_parameters()}
+        gradients.append(dict(sorted(found.items())))
+        statistics.append(dict(sorted(snapshot(model).items())))
+    for (key, one), (other_key, other) in zip(*(g.items() for g in gradients), strict=True):
+        assert key == other_key
+        assert (one is None) == (other is None), key
+        assert one is None or torch.allclose(one, other, rtol=1e-4, atol=1e-6), key
+    assert statistics[0].keys() == statistics[1].keys()
+    for key, value in statistics[0].items():
+        assert torch.allclose(value, statistics[1][key]), key
 
 
 # ---------------------------------------------------------------------------- the course
