@@ -1,7 +1,7 @@
 """Instance-gated inference: does the time follow the share of blocks that run?
 
 A ResNet-34 whose 16 blocks all have a gate (`weft.dynashare`). Gates are computed as always; their
-decisions are then replaced, so that a stated share of (row, block) pairs runs. The ideal is the
+decisions are then forced, so that a stated share of (row, block) pairs runs. The ideal is the
 time of the same network without gates, all blocks skipped, plus that share of the blocks' time;
 for one row, the time of a network that consists of the open blocks only.
 
@@ -35,7 +35,10 @@ def gated_model(base: nn.Module, example: Tensor) -> weft.MultiTaskModel:
 
 
 def forced(model: weft.MultiTaskModel, opened: dict[str, Tensor]) -> weft.View:
-    """A view whose gates decide as told, (rows,) for each block."""
+    """A view whose gates decide as told, (rows,) for each block.
+
+    One decision is a large bias; decisions that differ between rows replace the gates' scores.
+    """
     view = model.view("task")
 
     def decide(choice: Tensor) -> Callable[..., Tensor]:
@@ -43,8 +46,12 @@ def forced(model: weft.MultiTaskModel, opened: dict[str, Tensor]) -> weft.View:
         return lambda _module, _args, _scores: scores
 
     for site, choice in opened.items():
-        gate = view.structure.get_submodule(site).adapter.gate
-        gate.register_forward_hook(decide(choice))
+        bias = 1e4 if choice[0] else -1e4
+        with torch.no_grad():
+            model.shared[f"{site}:gate.choose.bias"].copy_(torch.tensor([0.0, bias]))
+        if len(choice) > 1:
+            gate = view.structure.get_submodule(site).adapter.gate
+            gate.register_forward_hook(decide(choice))
     return view
 
 

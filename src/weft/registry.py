@@ -64,7 +64,10 @@ METHODS: dict[str, Method] = {
     "adashare": Method(
         adashare,
         "execute or skip each residual block of one network (AdaShare)",
-        {Law.TASKS_ARE_ISOLATED: "the network trains with every task"},
+        {
+            Law.TASKS_ARE_ISOLATED: "the network trains with every task",
+            Law.PROCESSES_AGREE: "each process draws samples of its own while policies are learned",
+        },
     ),
     "dynashare": Method(
         dynashare,
@@ -72,6 +75,7 @@ METHODS: dict[str, Method] = {
         {
             Law.TASKS_ARE_ISOLATED: "the network and its gates train with every task",
             Law.ALL_PATHS_AGREE: "a gate that decides for each input has no plain form to fold to",
+            Law.PROCESSES_AGREE: "each process draws samples of its own, of policies and of gates",
         },
     ),
     "full_finetune": Method(full_finetune, "own everything"),

@@ -458,6 +458,15 @@ def test_weights_and_policies_learn_in_turn_on_disjoint_data() -> None:
     assert not group.decay
 
 
+def test_fitting_some_of_the_tasks_is_refused_unless_told() -> None:
+    base = net()
+    model = classifiers(base, plan_of(base))
+    some = {"a": loaders()["a"]}
+    with pytest.raises(PlanError, match=r"would change b\. .*subset=True"):
+        weft.fit(model, some, epochs=3, progress=False)
+    weft.fit(model, some, epochs=3, subset=True, progress=False)
+
+
 def test_a_second_fit_begins_with_all_blocks_executed() -> None:
     base = net()
     model = classifiers(base, plan_of(base))

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 import weft
+from methods import residual_nets
 from weft.core.sites import sites
 from weft.errors import ConfigError, PlanError
-from weft.registry import METHODS, Law
+from weft.registry import METHODS, Law, options_of
 
 
 def net() -> nn.Sequential:
@@ -111,14 +112,17 @@ def test_hard_sharing_needs_two_layers() -> None:
 
 @pytest.mark.parametrize("name", list(METHODS))
 def test_registered_methods_name_themselves_and_keep_their_options(name: str) -> None:
-    plan = weft.method(name, net())
+    base, given = net(), {}
+    if "example" in options_of(name):
+        base, given = residual_nets.net(), {"example": residual_nets.images(2)}
+    plan = weft.method(name, base, **given)
     assert plan.method == name
-    assert weft.method(name, net(), **plan.options).options == plan.options
+    assert weft.method(name, base, **given, **plan.options).options == plan.options
     assert name in weft.__all__
     assert METHODS[name].plan is getattr(weft, name)
     assert METHODS[name].summary
     assert all(isinstance(law, Law) and reason for law, reason in METHODS[name].exceptions.items())
-    known = {n for s in sites(net()) for n in s.parameters + s.statistics}
+    known = {n for s in sites(base) for n in s.parameters + s.statistics}
     assert plan.patches.keys() | plan.train_shared <= known
     documentation = METHODS[name].plan.__doc__
     assert documentation is not None

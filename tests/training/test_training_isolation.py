@@ -21,10 +21,10 @@ from training_nets import (
 
 import weft
 from weft.errors import PlanError
-from weft.registry import METHODS, Law
+from weft.registry import METHODS, Law, options_of
 
 ISOLATED = [n for n, m in METHODS.items() if Law.TASKS_ARE_ISOLATED not in m.exceptions]
-JOINT = [n for n in METHODS if n not in ISOLATED]
+JOINT = [n for n in METHODS if n not in ISOLATED and "example" not in options_of(n)]
 STATISTICS_KEPT = ["linear_probe", "bias_only"]
 
 

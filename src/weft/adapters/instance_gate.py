@@ -141,13 +141,13 @@ class GatedPolicy(PolicyAdapter):
         return joined[torch.cat([index, others]).argsort()]
 
     def _opened(self, scores: Tensor) -> Tensor:
-        """Which rows execute the block in eval mode, (rows,)."""
+        """Which rows execute the block in eval mode, (rows,), as zeros and ones."""
         if self._decision == "argmax":
-            return scores.argmax(1) == 1
-        return torch.bernoulli(scores.detach().softmax(1)[:, 1]) > 0
+            return scores.argmax(1)
+        return torch.bernoulli(scores.detach().softmax(1)[:, 1])
 
     def rows(self, x: Tensor) -> Tensor:
-        return ~self.gated | _over(x, self._opened(self.gate(x)))
+        return ~self.gated | (_over(x, self._opened(self.gate(x))) > 0)
 
     def folded(self, site: nn.Module) -> nn.Module:
         if self.gated:

@@ -101,7 +101,7 @@ class FixPolicies:
         for task, tensors in own.items():
             generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {task}".encode()))
             for block in self.blocks:
-                chance = float(tensors[f"{block}:logits"].double().softmax(0)[0])
+                chance = float(tensors[f"{block}:logits"].detach().double().softmax(0)[0])
                 drawn = float(torch.rand((), generator=generator, dtype=torch.float64))
                 execute = drawn < chance if self.final == "sample" else chance >= 0.5
                 learned = bool(tensors[f"{block}:temperature"] > 0)
