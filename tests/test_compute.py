@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import weft
+from weft.core.patch import Replace
 from weft.core.sharing import Sharing
 
 
@@ -83,18 +84,86 @@ def test_what_one_task_owns_is_common_to_none() -> None:
     found = weft.multiply_adds(model, X)
     assert found.common == 0
     assert found.of("a") == found.of("b") == FIRST + DEPTHWISE + LAST + HEAD
+    assert found.all_tasks == 2 * found.of("a")
 
 
-def test_closed_gates_are_common_after_training() -> None:
+def test_what_only_some_tasks_have_in_common_is_computed_once_for_them() -> None:
+    base = net()
+    model = weft.MultiTaskModel(base, weft.linear_probe(base), example=X)
+    for name in ("a", "b"):
+        model.add_task(name, weft.Classification(5))
+    model.add_task("c", weft.Classification(5), sharing=weft.full_finetune(base))
+    found = weft.multiply_adds(model, X)
+    trunk = FIRST + DEPTHWISE + LAST
+    assert found.common == 0
+    assert found.all_tasks == trunk + 2 * HEAD + trunk + HEAD
+
+
+class Blocks(nn.Module):
+    """A stem and three residual blocks of 100 multiply-adds each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(10, 10, bias=False)
+        self.blocks = nn.Sequential(*(Block() for _ in range(3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(self.stem(x))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(10, 10, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x)
+
+
+def test_what_follows_a_skipped_block_is_not_in_common() -> None:
+    """Policies steer which blocks run: the third block reads something else in each task."""
+    base, x = Blocks(), torch.randn(1, 10)
+    model = weft.MultiTaskModel(base, weft.adashare(base, example=x), example=x)
+    for name, policy in (("a", "011"), ("b", "100"), ("c", "101"), ("d", "111")):
+        model.add_task(name, weft.Task(head=None, loss=nn.functional.mse_loss))
+        for place, execute in enumerate(policy):
+            model.tasks[name].own[f"blocks.{place}:execute"].fill_(execute == "1")
+    found = weft.multiply_adds(model, x)
+    assert found.common == 100  # the stem
+    assert found.own == {"a": 200, "b": 100, "c": 200, "d": 300}
+    # a: 1, 2; b, c and d: 0; c: 2; d: 1, 2
+    assert found.all_tasks == 100 + 200 + 100 + 100 + 200
+
+
+def test_memory_that_changes_in_place_is_something_else() -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(4))
+            self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            y[:, :2].mul_(self.scale[:2])
+            return self.last(y)
+
+    base = InPlace()
+    plan = weft.Sharing("scale", patches={"scale": Replace()})
+    found = compute(plan, base, x=torch.zeros(1, 4))
+    assert found.common == 16
+    assert found.own["t0"] == 16 + 4 * 5
+
+
+def test_layers_behind_closed_gates_are_in_common() -> None:
     base = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
     model = weft.MultiTaskModel(base, weft.taps(base), example=torch.zeros(1, 4))
-    model.add_task("a", weft.Classification(2))
-    own = model.tasks["a"].own
-    with torch.no_grad():
-        own["0:score"].fill_(0.0)
+    for name in ("a", "b"):
+        model.add_task(name, weft.Classification(2))
+        with torch.no_grad():
+            model.tasks[name].own["0:score"].fill_(0.0)
     for _ in range(2):
         found = weft.multiply_adds(model, torch.zeros(1, 4))
-        assert (found.common, found.own) == (24, {"a": 18 + 6})
+        assert (found.common, found.own) == (24, {"a": 18 + 6, "b": 18 + 6})
         model.harden("a")
 
 
@@ -119,7 +188,7 @@ def test_attention_counts_its_products() -> None:
     """Projections 3 d^2 + d^2 per token, scores and their sum n^2 d each."""
     base = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     x = torch.zeros(1, 5, 8)
-    found = compute(weft.linear_probe(base), base, tasks=1, x=x)
+    found = compute(weft.linear_probe(base), base, tasks=2, x=x)
     tokens = 5
     expected = tokens * 4 * 64 + 2 * tokens * tokens * 8 + tokens * 2 * 8 * 16
     assert found.common == expected

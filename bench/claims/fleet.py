@@ -8,14 +8,15 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import multiprocessing
 import os
 import platform
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from joblib import Parallel, delayed
 
 import weft
 
@@ -43,8 +44,11 @@ def run(work: Callable[..., dict[str, Any]], cells: Iterable[Cell], out: Path, j
     """
     out.mkdir(parents=True, exist_ok=True)
     missing = [cell for cell in cells if not _file(out, cell).exists()]
-    pool = Parallel(n_jobs=jobs, pre_dispatch=jobs, batch_size=1)
-    pool(delayed(_one)(work, cell, _file(out, cell)) for cell in missing)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        running = [pool.submit(_one, work, cell, _file(out, cell)) for cell in missing]
+        for cell in running:
+            cell.result()
 
 
 def _file(out: Path, cell: Cell) -> Path:

@@ -56,6 +56,16 @@ def read(name: str, data: Path) -> dict[str, TaskData]:
     }
 
 
+def new_task(sets: TaskData) -> weft.Task:
+    """The classes of a task.
+
+    A function of its own, because cloudpickle takes ``sets.classes`` in one that uses torch for
+    torch.classes, which cannot be sent to a process.
+    """
+    count = int(sets.train.targets.max()) + 1
+    return weft.Classification(sets.classes or count, head_init="zero")
+
+
 def cut(split: Any, rows: int | None, *, padded: bool) -> ArrayData:
     """The first rows of a split, or all; padded if asked for."""
     images = F.pad(split.inputs, (2, 2, 2, 2)) if padded else split.inputs
@@ -104,8 +114,7 @@ def run_cell(config: Config, data: Path, run: str, cell: str, seed: int) -> Conf
     model = weft.MultiTaskModel(base, sharing, example=example)
     batches = {}
     for task, sets in read(name, data).items():
-        classes = sets.classes or int(sets.train.targets.max()) + 1
-        model.add_task(task, weft.Classification(classes, head_init="zero"))
+        model.add_task(task, new_task(sets))
         batches[task] = loaders(name, sets, settings["batch_size"], config.get("rows"))
     tasks = model.task_names
     history = weft.fit(

@@ -1,14 +1,16 @@
-"""What a forward costs in multiply-adds, and how much of it tasks have in common.
+"""What forwards cost in multiply-adds, and how much of it tasks have in common.
 
-The second cost of sharing beside bytes: when one input needs the outputs of all tasks, what
-depends on no own tensor needs computing once. Private tops share their trunk; private bottoms share
+The second cost of sharing beside bytes: when one input needs the outputs of all tasks, what two
+tasks compute alike needs computing once. Private tops share their trunk; private bottoms share
 nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -19,7 +21,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from weft.core.model import MultiTaskModel
-from weft.core.sites import named_tensors
 from weft.training.evaluation import modes_kept
 
 
@@ -28,26 +29,25 @@ class Compute:
     """Multiply-adds of the forwards of one batch, heads included.
 
     Args:
-        common: what depends on no tensor that any task owns, the same for all tasks.
+        common: what all tasks compute alike.
         own: by task, the rest of its forward.
+        all_tasks: all outputs of one input, with everything that any tasks compute alike done once.
     """
 
     common: int
     own: Mapping[str, int]
+    all_tasks: int
 
     def of(self, task: str) -> int:
         """One task's forward."""
         return self.common + self.own[task]
 
-    @property
-    def all_tasks(self) -> int:
-        """All tasks' outputs of one input, the common part computed once."""
-        return self.common + sum(self.own.values())
-
 
 def multiply_adds(model: MultiTaskModel, x: Any, *, tasks: Sequence[str] | None = None) -> Compute:
-    """Count the multiply-adds of tasks' forwards, and what of them is common to all of them.
+    """Count the multiply-adds of tasks' forwards, and what of them they have in common.
 
+    Two operations are the same if they do the same to the same tensors, back to the inputs and the
+    stored tensors: what follows an own tensor, or a block that only one task skips, is not.
     Matrix products, convolutions and attention count, as in torch's own counter; normalisation,
     activations, and recurrent layers that run as one fused kernel do not.
 
@@ -67,52 +67,35 @@ def multiply_adds(model: MultiTaskModel, x: Any, *, tasks: Sequence[str] | None 
     # The registry knows neither the fused attention of CPUs nor the fused encoder layers, which
     # PyTorch leaves aside where an input requires a gradient.
     x = pytree.tree_map_only(Tensor, _differentiable, x)
-    counters: dict[str, _Counter] = {}
+    found: dict[str, Counter[Hashable]] = {}
     with modes_kept(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         model.eval()
-        names = _owned_by_any(model, chosen)
         for task in chosen:
-            tensors = model.tensors(task)
-            own = [*model.tasks[task].parameters(), *model.tasks[task].buffers()]
-            counters[task] = _Counter([*own, *(tensors[n] for n in names)])
-            with counters[task]:
+            with _Tracer() as tracer:
                 model(x, task=task)
-    common = min((c.total - c.own for c in counters.values()), default=0)
-    return Compute(common, {task: c.total - common for task, c in counters.items()})
+            found[task] = tracer.counts
+    if not found:
+        return Compute(0, {}, 0)
+    common = reduce(Counter.__and__, found.values()).total()
+    own = {task: counts.total() - common for task, counts in found.items()}
+    return Compute(common, own, reduce(Counter.__or__, found.values()).total())
 
 
 def _differentiable(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_() if tensor.is_floating_point() else tensor
 
 
-def _owned_by_any(model: MultiTaskModel, tasks: Iterable[str]) -> set[str]:
-    """Names of the tensors that some task does not share with the base."""
-    base = {name: _storage(tensor) for name, tensor in named_tensors(model.base)}
-    owned: set[str] = set()
-    for task in tasks:
-        tensors = model.tensors(task)
-        owned |= {name for name, storage in base.items() if _storage(tensors[name]) != storage}
-    return owned
+class _Tracer(TorchDispatchMode):
+    """Names every operation that runs inside by what it does to what, and counts its multiply-adds.
 
-
-def _storage(tensor: Tensor) -> int:
-    address: int = tensor.untyped_storage()._cdata
-    return address
-
-
-class _Counter(TorchDispatchMode):
-    """Counts the multiply-adds of what runs inside, and those that depend on given tensors.
-
-    Args:
-        own: the tensors.
+    A piece of memory is named by the operation that wrote to it last; one that no operation of this
+    trace wrote (an input, a stored tensor) by its place.
     """
 
-    def __init__(self, own: Iterable[Tensor]) -> None:
+    def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.total = 0
-        self.own = 0
-        # Storages are kept alive, so that none is freed and its place taken by another.
-        self._own = {_storage(tensor): tensor for tensor in own}
+        self.counts: Counter[Hashable] = Counter()
+        self._written: dict[int, Hashable] = {}
 
     def __torch_dispatch__(
         self,
@@ -122,15 +105,31 @@ class _Counter(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        leaves, structure = pytree.tree_flatten((args, kwargs))
+        name = hash((str(func), structure, *map(self._name, leaves)))
         output = func(*args, **kwargs)
-        read = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        depends = any(_storage(tensor) in self._own for tensor in read)
         formula: Callable[..., int] | None = flop_registry.get(func._overloadpacket)
         if formula is not None:
-            count = formula(*args, **kwargs, out_val=output) // 2
-            self.total += count
-            self.own += count if depends else 0
-        if depends:
-            written = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
-            self._own.update({_storage(tensor): tensor for tensor in written})
+            self.counts[name] += formula(*args, **kwargs, out_val=output) // 2
+        read = {_storage(leaf) for leaf in leaves if isinstance(leaf, Tensor)}
+        for place, tensor in enumerate(pytree.tree_leaves(output)):
+            # A view reads what was written before; only new memory, or changed one, has a new name.
+            if isinstance(tensor, Tensor) and (_storage(tensor) not in read or _changes(func)):
+                self._written[_storage(tensor)] = (name, place)
         return output
+
+    def _name(self, leaf: Any) -> Hashable:
+        if not isinstance(leaf, Tensor):
+            return str(leaf)
+        storage = _storage(leaf)
+        where = (tuple(leaf.shape), leaf.stride(), leaf.storage_offset())
+        return (self._written.get(storage, storage), where)
+
+
+def _changes(func: Any) -> bool:
+    return any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)
+
+
+def _storage(tensor: Tensor) -> int:
+    address: int = tensor.untyped_storage()._cdata
+    return address

@@ -142,7 +142,7 @@ def test_an_example_builds_heads_at_once_without_a_trace() -> None:
 
 def test_a_failing_dry_run_adds_no_task() -> None:
     model = sized(conv_net(), example=images(1))
-    with pytest.raises(TaskError, match="Segmentation reads a feature map"):
+    with pytest.raises(TaskError, match="A dense task reads"):
         model.add_task("a", weft.Segmentation(3))
     assert model.task_names == ()
 
