@@ -203,3 +203,10 @@ def test_modes_of_single_modules_stay() -> None:
     weft.multiply_adds(model, X, tasks=["a"])
     assert model.training
     assert not model.base[1].training
+
+
+def test_counting_works_in_inference_mode() -> None:
+    base = net()
+    with torch.inference_mode():
+        found = compute(weft.linear_probe(base), base, x=torch.zeros(1, 3, 4, 4))
+    assert found.of("t0") == FIRST + DEPTHWISE + LAST + HEAD

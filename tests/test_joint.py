@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import weft
-from weft.errors import ConfigError
+from weft.errors import ConfigError, PlanError
 from weft.joint import efficient_joint, pretrain
 from weft.training.history import Epoch
 
@@ -129,6 +129,14 @@ def _peaks(count: int, folder: Path) -> tuple[int, int]:
 
 def test_memory_does_not_grow_with_the_number_of_tasks(tmp_path: Path) -> None:
     assert _peaks(2, tmp_path / "two") == _peaks(6, tmp_path / "six")
+
+
+def test_plans_that_train_shared_tensors_are_refused_before_any_training() -> None:
+    def never(*_: object) -> weft.History:
+        raise AssertionError
+
+    with pytest.raises(PlanError, match="over a frozen base"):
+        efficient_joint(net(), *setting(2), plan=weft.hard_sharing, pretraining=never)
 
 
 def test_tasks_and_data_have_the_same_names() -> None:

@@ -66,12 +66,13 @@ def multiply_adds(model: MultiTaskModel, x: Any, *, tasks: Sequence[str] | None 
     chosen = model.task_names if tasks is None else tuple(tasks)
     # The registry knows neither the fused attention of CPUs nor the fused encoder layers, which
     # PyTorch leaves aside where an input requires a gradient.
-    x = pytree.tree_map_only(Tensor, _differentiable, x)
+    with torch.inference_mode(False):
+        x = pytree.tree_map_only(Tensor, _differentiable, x)
     found: dict[str, Counter[Hashable]] = {}
-    with modes_kept(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+    with modes_kept(model), torch.inference_mode(False), torch.enable_grad():
         model.eval()
         for task in chosen:
-            with _Tracer() as tracer:
+            with sdpa_kernel(SDPBackend.MATH), _Tracer() as tracer:
                 model(x, task=task)
             found[task] = tracer.counts
     if not found:
@@ -82,6 +83,7 @@ def multiply_adds(model: MultiTaskModel, x: Any, *, tasks: Sequence[str] | None 
 
 
 def _differentiable(tensor: Tensor) -> Tensor:
+    tensor = tensor.clone() if tensor.is_inference() else tensor
     return tensor.detach().requires_grad_() if tensor.is_floating_point() else tensor
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from weft.errors import ConfigError, close_matches
+from weft.errors import ConfigError, PlanError, close_matches
 
 from .bank import Bank
 from .core.model import MultiTaskModel
@@ -96,6 +96,11 @@ def efficient_joint(
         ConfigError: tasks and data do not name the same tasks.
         PlanError: the plan trains shared tensors, so that tasks could not follow each other.
     """
+    if plan(base).trains_shared:
+        raise PlanError(
+            "In the second stage tasks follow each other over a frozen base, but this plan trains "
+            "tensors that they share. Use a plan that only owns, such as weft.taps."
+        )
     common = pretrain(base, tasks, data, training=pretraining, example=example, output=output)
     model = MultiTaskModel(common, plan(common), example=example, output=output)
     for name, task in tasks.items():

@@ -197,15 +197,27 @@ def test_choosing_moves_only_scores_that_must_change_sides() -> None:
     assert isinstance(harden.prepare, ChooseWithin)
     harden.prepare(model, {"a": ()})
     after = {key: float(own[key].detach()) for key in scores}
-    assert after["3:score"] == pytest.approx(0.1, rel=2e-3)
+    assert after["3:score"] == pytest.approx(0.095)
     assert after["3:score"] < 0.1 <= after["0:score"]
     assert after["6:score"] == pytest.approx(0.2)
     assert model.ledger("a").open_gates == (2, 3)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_choice_holds_in_every_precision(dtype: torch.dtype) -> None:
+    base = nn.Sequential(*(nn.Linear(8, 8) for _ in range(6))).to(dtype)
+    model = weft.MultiTaskModel(base, weft.taps(base, budget=0.5))
+    model.add_task("a", weft.Task(head=None, loss=nn.functional.mse_loss))
+    harden = model.sharing.phases[-1]
+    assert harden.prepare is not None
+    harden.prepare(model, {"a": ()})
+    assert model.ledger("a").open_gates == (3, 6)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"budget": 0.2, "charge": "layers"}, "charge='parameters'"),
         ({"budget": 0.0}, "is a share"),
         ({"budget": 1.5}, "is a share"),
         ({"budget": -3}, "is a share"),

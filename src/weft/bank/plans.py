@@ -73,7 +73,7 @@ def _encode_phase(phase: Phase) -> dict[str, Any]:
 
 
 def _decode_phase(entry: Mapping[str, Any]) -> Phase:
-    turns = tuple(Turn(**{k: tuples(v) for k, v in t.items()}) for t in entry["turns"])
+    turns = tuple(Turn(**{k: tuples(v) for k, v in t.items()}) for t in entry.get("turns", ()))
     return Phase(**{**{k: tuples(v) for k, v in entry.items()}, "turns": turns})
 
 

@@ -111,15 +111,16 @@ class ChooseWithin:
             for place, key in enumerate(budget.scores):
                 open_, score = place in chosen, own[key]
                 if (values[place] >= 0.0) != open_:
-                    # Just over or under the threshold: the least change that decides.
-                    score.fill_(budget.threshold * (1.0 + (1e-3 if open_ else -1e-3)))
+                    # As far over or under the threshold as half precision can tell.
+                    score.fill_(budget.threshold + (0.05 if open_ else -0.05) * budget.threshold)
 
 
 def best_within(values: Sequence[float], costs: Sequence[int], most: int) -> set[int]:
     """The set with the largest sum of values whose cost is between ``USED * most`` and ``most``.
 
-    Where no set reaches that, the one that comes nearest to it from below. Exact up to rounding
-    each cost up to a ``GRID``-th of the bound.
+    Where no set reaches that, the one that comes nearest to it from below. Exact where the
+    costs' common divisor divides the bound into at most ``GRID`` steps, else up to rounding each
+    cost up to a ``GRID``-th of the bound.
 
     Args:
         values: of the items, any sign.
@@ -129,20 +130,23 @@ def best_within(values: Sequence[float], costs: Sequence[int], most: int) -> set
     Returns:
         The places of the chosen items.
     """
-    unit = max(most / GRID, 1e-12)
+    whole = math.gcd(*costs)
+    exact = 0 < most <= GRID * whole
+    steps = most // whole if exact else GRID
+    unit = whole if exact else max(most / GRID, 1e-12)
     rounded = [math.ceil(cost / unit - 1e-9) if cost else 0 for cost in costs]
-    best = np.full(GRID + 1, -np.inf)
+    best = np.full(steps + 1, -np.inf)
     best[0] = 0.0
-    taken = np.zeros((len(values), GRID + 1), dtype=bool)
+    taken = np.zeros((len(values), steps + 1), dtype=bool)
     for item, (value, cost) in enumerate(zip(values, rounded, strict=True)):
-        if cost > GRID:
+        if cost > steps:
             continue
-        with_it = np.full(GRID + 1, -np.inf)
-        with_it[cost:] = best[: GRID + 1 - cost] + value
+        with_it = np.full(steps + 1, -np.inf)
+        with_it[cost:] = best[: steps + 1 - cost] + value
         taken[item] = with_it > best
         best = np.maximum(best, with_it)
     reachable = np.flatnonzero(best > -np.inf)
-    enough = reachable[reachable >= USED * GRID]
+    enough = reachable[reachable * unit >= USED * most]
     place = int(enough[best[enough].argmax()] if len(enough) else reachable[-1])
     chosen = set()
     for item in range(len(values) - 1, -1, -1):

@@ -197,6 +197,8 @@ def _check_options(
                 "taps(budget=...) is a share of the base's parameters in (0, 1] or a whole number "
                 f"of bytes, found {budget!r}."
             )
+        if charge == "layers":
+            raise PlanError("taps(budget=...) goes with charge='parameters', found 'layers'.")
         if harden == 0.0 or penalty == 0.0:
             raise PlanError(
                 "taps(budget=...) chooses the final gates before the phase with frozen scores and "
