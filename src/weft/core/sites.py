@@ -155,6 +155,11 @@ def sites(base: nn.Module) -> list[Site]:
     return found
 
 
+def everything(base: nn.Module) -> frozenset[str]:
+    """Names of all parameters and running statistics."""
+    return frozenset(name for s in sites(base) for name in s.parameters + s.statistics)
+
+
 def _kind(module: nn.Module) -> Kind:
     if isinstance(module, _ConvNd):
         depthwise = module.groups > 1 and module.groups == module.in_channels

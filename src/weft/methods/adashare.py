@@ -12,9 +12,10 @@ from torch import nn
 
 from weft.adapters.block_policy import BlockPolicy, Draw
 from weft.core.sharing import Sharing
+from weft.core.sites import everything
 from weft.penalties import PolicyForm
 
-from .policies import Blocks, PolicyOptions, everything, find_blocks, with_shortcuts
+from .policies import Blocks, PolicyOptions, find_blocks, with_shortcuts
 
 
 def adashare(

@@ -16,6 +16,7 @@ from weft.adapters.instance_gate import Decision, InstanceGate
 from weft.core.adapter import Insertion
 from weft.core.blocks import ResidualBlock
 from weft.core.sharing import Sharing
+from weft.core.sites import everything
 from weft.errors import PlanError
 from weft.penalties import GateRate, PolicyForm
 
@@ -24,7 +25,6 @@ from .policies import (
     PolicyOptions,
     check_price,
     check_word,
-    everything,
     find_blocks,
     with_shortcuts,
 )

@@ -14,7 +14,7 @@ from torch import nn
 
 from weft.core.patch import Patch, Replace
 from weft.core.sharing import Sharing
-from weft.core.sites import Kind, Site, sites
+from weft.core.sites import Kind, Site, everything, sites
 from weft.errors import PlanError, close_matches
 
 
@@ -62,7 +62,6 @@ def hard_sharing(
     if batchnorm == "private":
         normalised = [s for s in sites(base) if s.statistics]
         patches |= {n: Replace() for s in normalised for n in s.parameters + s.statistics}
-    everything = {n for s in sites(base) for n in s.parameters + s.statistics}
     return Sharing(
         "hard_sharing",
         options={
@@ -71,7 +70,7 @@ def hard_sharing(
             "batchnorm": batchnorm,
         },
         patches=patches,
-        train_shared=frozenset(everything - patches.keys()),
+        train_shared=everything(base) - patches.keys(),
     )
 
 

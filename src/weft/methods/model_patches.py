@@ -18,7 +18,7 @@ from weft.core.adapter import Insertion
 from weft.core.channels import output_channels
 from weft.core.patch import Patch, Replace
 from weft.core.sharing import Group, Sharing
-from weft.core.sites import Kind, Site, sites
+from weft.core.sites import Kind, Site, everything, sites
 from weft.errors import PlanError
 
 Where = Literal["norms", "layers"]
@@ -170,7 +170,7 @@ def _plan(
     if train_base:
         # Statistics of mixed tasks fit none of them.
         patches |= {name: Replace() for site in sites(base) for name in site.statistics}
-        common = {n for s in sites(base) for n in s.parameters + s.statistics} - patches.keys()
+        common = everything(base) - patches.keys()
     undecayed = (*affines.patches, *(f"{site}:*" for site in affines.adapters))
     return Sharing(
         method,

@@ -63,11 +63,6 @@ def with_shortcuts(
     return {**policies, **shortcuts}
 
 
-def everything(base: nn.Module) -> frozenset[str]:
-    """Names of all parameters and running statistics."""
-    return frozenset(name for s in sites(base) for name in s.parameters + s.statistics)
-
-
 # -------------------------------------------------------------------------------- the options
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -69,8 +68,7 @@ class Phases:
             self._course[task] = phase_of_each_epoch(phases, settings.epochs, plan.method)
         self._stretches = [self._divided(epoch, steps) for epoch in range(settings.epochs)]
         self._updates = [
-            sum(math.ceil(stretch.steps / settings.accumulate) for stretch in epoch)
-            for epoch in self._stretches
+            sum(settings.updates(stretch.steps) for stretch in epoch) for epoch in self._stretches
         ]
         self._own: dict[str, dict[str, nn.Parameter]] = {t: model.trainable(t) for t in train}
         self._heads: dict[str, list[nn.Parameter]] = {}
