@@ -166,7 +166,7 @@ def _plan(
     train_base: bool,
 ) -> Sharing:
     patches = {**kernels, **affines.patches}
-    common: set[str] = set()
+    common: frozenset[str] = frozenset()
     if train_base:
         # Statistics of mixed tasks fit none of them.
         patches |= {name: Replace() for site in sites(base) for name in site.statistics}
@@ -177,7 +177,7 @@ def _plan(
         options={**options, "train_base": train_base},
         patches=patches,
         adapters=affines.adapters,
-        train_shared=frozenset(common),
+        train_shared=common,
         groups=(Group(match=undecayed, decay=False),) if undecayed else (),
         refused=affines.refused,
     )
