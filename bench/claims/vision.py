@@ -99,7 +99,7 @@ def main() -> None:
         (task, cell, seed)
         for cell in config["cells"]
         for seed in config["seeds"]
-        for task in config["tasks"]
+        for task in config["cells"][cell].get("tasks", config["tasks"])
     ]
     fleet.run(
         partial(run_cell, config, given.data), cells, given.out / given.config.stem, given.jobs

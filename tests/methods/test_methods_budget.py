@@ -15,6 +15,7 @@ import weft
 from weft.errors import PlanError
 from weft.methods.budget import GRID, USED, Budget, ChooseWithin, DualAscent, best_within
 from weft.methods.taps import PRICE
+from weft.training import Epoch
 
 # ------------------------------------------------------------------------ the final set
 
@@ -134,6 +135,24 @@ def test_a_task_ends_at_or_under_its_budget(budget: float) -> None:
     assert all(price > 0 for price in prices)
 
 
+def test_a_run_that_stops_early_ends_within_its_budget() -> None:
+    """Stopped by another task or a callback before the scores freeze."""
+    base = net()
+    plan = weft.taps(base, budget=0.2, warmup=0, harden=0.2)
+    model = weft.MultiTaskModel(base, plan, example=torch.zeros(1, 3, 6, 6))
+    model.add_task("a", weft.Classification(3))
+    data = batches()
+
+    def stop(epoch: Epoch) -> None:
+        assert model.ledger("a").own_fraction > 0.2
+        epoch.stop()
+
+    weft.fit(model, {"a": (data, data)}, epochs=8, callbacks=[stop], progress=False)
+    assert 0 < model.ledger("a").own_fraction <= 0.2
+    # What is reported was measured with the gates that stayed.
+    assert model.tasks["a"].facts["metrics"]["val"] == weft.evaluate(model, {"a": data})["a"]
+
+
 def test_a_budget_in_bytes_counts_running_statistics() -> None:
     base = net()
     norms = 4 * 4 * (8 + 24) + 2 * 8  # four vectors of each, and two counters of 8 bytes
@@ -221,7 +240,7 @@ def test_the_choice_holds_in_every_precision(dtype: torch.dtype) -> None:
         ({"budget": 0.0}, "is a share"),
         ({"budget": 1.5}, "is a share"),
         ({"budget": -3}, "is a share"),
-        ({"budget": True, "harden": 0.0}, "harden and penalty must not be 0"),
+        ({"budget": True}, "is a share"),
         ({"budget": 0.2, "harden": 0.0}, "harden and penalty must not be 0"),
         ({"budget": 0.2, "penalty": 0.0}, "harden and penalty must not be 0"),
         ({"budget": 0.001}, "normalisation alone"),

@@ -20,7 +20,7 @@ from training_nets import (
 
 import weft
 from weft.errors import ConfigError, DataError
-from weft.training.batches import ManyTargets, TargetsOf, sources, to_device, together
+from weft.training.batches import ManyTargets, Reader, TargetsOf, sources, to_device
 from weft.training.loaders import loaders_by_task, share_of_process, slice_loader
 
 
@@ -165,7 +165,7 @@ def test_targets_may_stand_under_labels() -> None:
 def test_every_step_has_one_input_for_all_tasks() -> None:
     data = loaders_by_task(loader(), ("a", "b"))
     seen = []
-    for step in together(data, 8, {"a": 1, "b": 2}):
+    for step in Reader({"a": 1, "b": 2}).together(data, 8):
         assert list(step) == ["a", "b"]
         assert step["a"][0] is step["b"][0]
         assert torch.equal(step["b"][1], 2 - step["a"][1])
@@ -189,7 +189,8 @@ def test_parts_of_the_data_keep_tasks_together_and_are_disjoint() -> None:
         cut = {task: slice_loader(of_task, part, 7, task) for task, of_task in data.items()}
         assert len(sources(cut)) == 1
         seen[part] = set()
-        for step in together(cut, len(cut["a"]), {"a": 1, "b": 2}):  # type: ignore[arg-type]
+        reader = Reader({"a": 1, "b": 2})
+        for step in reader.together(cut, len(cut["a"])):  # type: ignore[arg-type]
             assert step["a"][0] is step["b"][0]
             seen[part] |= set(rows_of(step["a"][0]))
     assert seen[0.0, 0.8] | seen[0.8, 1.0] == set(range(40))
@@ -206,7 +207,7 @@ def test_tasks_on_different_parts_keep_their_order() -> None:
     parts = {"a": (0.0, 0.5), "b": (0.5, 1.0), "c": (0.0, 0.5)}
     cut = {task: slice_loader(loaders[task], part, 7, task) for task, part in parts.items()}
     assert [source.tasks for source in sources(cut)] == [["a", "c"], ["b"]]
-    step = next(together(cut, 1, {"a": 1, "b": 2, "c": 3}))
+    step = next(Reader({"a": 1, "b": 2, "c": 3}).together(cut, 1))
     assert list(step) == ["a", "b", "c"]
     assert step["a"][0] is step["c"][0]
     assert not set(rows_of(step["a"][0])) & set(rows_of(step["b"][0]))
@@ -219,7 +220,7 @@ def test_processes_divide_every_batch_and_keep_tasks_together() -> None:
         for index in (0, 1)
     ]
     seeds = {"a": 1, "b": 2}
-    steps = zip(*(together(share, 4, seeds) for share in shares), strict=True)
+    steps = zip(*(Reader(seeds).together(share, 4) for share in shares), strict=True)
     for one, two, all_rows in zip(*zip(*steps, strict=True), whole["a"], strict=True):
         assert one["a"][0] is one["b"][0]
         assert rows_of(one["a"][0]) + rows_of(two["a"][0]) == rows_of(all_rows[0])

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from training_nets import assert_close, assert_same_bits, dense_net, everything, model_of, vectors
 from two_processes import (
     BATCH_NORM,
@@ -22,6 +23,7 @@ from two_processes import (
 )
 
 import weft
+from weft.errors import ConfigError
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
 
@@ -147,6 +149,27 @@ def test_all_processes_stop_with_one(two: tuple[Path, list[dict[str, Any]]]) -> 
     assert [result["stopping"] for result in two[1]] == [2, 2]
 
 
+def test_all_processes_keep_the_same_epoch_of_a_model_that_draws(
+    two: tuple[Path, list[dict[str, Any]]],
+) -> None:
+    """And each process's metrics are of all rows, once."""
+    first, second = (result["drawing"] for result in two[1])
+    assert first["val"] == second["val"]
+    assert first["best"] == second["best"]
+    assert_same_bits(first["tensors"], second["tensors"])
+    assert [values["rows"] for values in first["val"]] == [40] * 8
+    assert len({values["accuracy"] for values in first["val"]}) > 2
+
+
+def test_processes_that_would_each_train_alone_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    base = dense_net()
+    model = model_of(base, weft.full_finetune(base), tasks=["a"])
+    with pytest.raises(ConfigError, match="Set ACCELERATE_USE_CPU=true"):
+        weft.fit(model, {"a": DataLoader(vectors(16, 3, 1), 8)}, epochs=1, progress=False)
+
+
 def test_data_that_cannot_be_divided_is_refused(two: tuple[Path, list[dict[str, Any]]]) -> None:
     for result in two[1]:
         assert len(result["refused"]) == 2
@@ -161,6 +184,6 @@ def test_files_are_written_once_and_runs_go_on(two: tuple[Path, list[dict[str, A
     assert [r["epoch"] for r in rows] == list(range(6))
     base = dense_net()
     model = model_of(base, weft.taps(base, warmup=1, harden=0.4))
-    loader = torch.utils.data.DataLoader(vectors(32, 3, 1), 8, shuffle=True)
+    loader = DataLoader(vectors(32, 3, 1), 8, shuffle=True)
     weft.fit(model, {"a": (loader, loader)}, epochs=6, progress=False)
     assert_close(first["files"], everything(model), 1e-4)

@@ -117,6 +117,24 @@ def test_tasks_that_train_shared_tensors_keep_the_best_mean_together() -> None:
     assert_same_bits(everything(model), states[2])
 
 
+def test_scores_of_different_units_are_weighed_by_their_ratios() -> None:
+    """An accuracy that falls by a third outweighs an angle that gains a tenth, in any unit."""
+    for unit in (1.0, 60.0):
+        errors = [unit * value for value in (20.0, 18.0, 18.0, 18.0)]
+        scripts = {"a": _task([0.9, 0.6, 0.6, 0.6]), "b": _task(errors, higher_is_better=False)}
+        _, history, _ = _fit(scripts, plan=weft.hard_sharing)
+        assert history.best == {"a": 0, "b": 0}
+
+
+def test_a_score_that_is_no_number_is_the_worst_among_different_units() -> None:
+    scripts = {
+        "a": _task([math.nan, 0.1, 0.2, math.nan]),
+        "b": _task([1.0, 2.0, 2.0, 1.0], higher_is_better=False),
+    }
+    _, history, _ = _fit(scripts, plan=weft.hard_sharing)
+    assert history.best == {"a": 2, "b": 2}
+
+
 def test_a_task_without_validation_keeps_the_last() -> None:
     base = dense_net()
     model = model_of(base, weft.full_finetune(base))

@@ -23,7 +23,7 @@ from training_nets import (
 import weft
 from weft.core.model import MultiTaskModel
 from weft.core.sharing import Phase, Turn
-from weft.errors import PlanError, TrainingError
+from weft.errors import DataError, PlanError, TrainingError
 from weft.training.history import Epoch
 from weft.training.schedule import rate_factor
 
@@ -101,6 +101,34 @@ def test_no_optimiser_step_mixes_turns(accumulate: int) -> None:
         progress=False,
     )
     assert steps == [3 * (10 if accumulate == 1 else 4)]
+
+
+def test_a_task_without_turns_reads_its_data_on_through_the_turns_of_others() -> None:
+    rows: list[int] = []
+    base = dense_net()
+    turns = tuple(Turn(str(i), data=(i / 2, i / 2 + 0.5)) for i in range(2))
+    model = _model(base, Phase("both", turns=turns))
+    model.add_task("b", weft.Classification(3), sharing=weft.full_finetune(base))
+    data = {
+        "a": DataLoader(vectors(40, 3, 1), batch_size=4),
+        "b": DataLoader(_Indexed(vectors(40, 3, 2), rows), batch_size=4, shuffle=True),
+    }
+    weft.fit(model, data, epochs=1, progress=False)
+    assert sorted(rows) == list(range(40))
+
+
+def test_data_that_a_later_phase_cannot_cut_is_refused_before_the_first() -> None:
+    epochs: list[Epoch] = []
+    model = _model(dense_net(), Phase("all"), Phase("half", data=(0.0, 0.5)))
+    with pytest.raises(DataError, match="splits the training data of 'a'"):
+        weft.fit(
+            model,
+            {"a": in_order(vectors(16, 3, 1))},
+            epochs=4,
+            callbacks=[epochs.append],
+            progress=False,
+        )
+    assert not epochs
 
 
 def test_the_price_follows_the_turn() -> None:
@@ -184,6 +212,32 @@ def test_rates_run_through_the_schedule_between_restarts() -> None:
     assert [factor(i) for i in range(10)] == [long(i) for i in range(6)] + [
         short(i) for i in range(4)
     ]
+
+
+def test_a_restart_leaves_the_schedule_of_other_plans_alone() -> None:
+    """Each task gets what it would get alone, values and rates."""
+    data = {task: in_order(vectors(24, 3, i)) for i, task in enumerate("ab")}
+    plans = {"a": (Phase("one", epochs=2), Phase("two", restart=True)), "b": (Phase("train"),)}
+
+    def fitted(*tasks: str) -> tuple[MultiTaskModel, weft.History]:
+        base = dense_net()
+        model = model_of(base, weft.linear_probe(base), tasks=())
+        for task in "ab":
+            torch.manual_seed(1)
+            plan = replace(weft.full_finetune(base), phases=plans[task])
+            model.add_task(task, weft.Classification(3), sharing=plan)
+        history = weft.fit(
+            model, {t: data[t] for t in tasks}, epochs=5, lr=0.1, keep="last", progress=False
+        )
+        return model, history
+
+    together, rows = fitted("a", "b")
+    for task in "ab":
+        alone, own_rows = fitted(task)
+        assert [r["lr"] for r in rows[task]] == [r["lr"] for r in own_rows[task]]
+        mine = {n: t for n, t in everything(together).items() if n.startswith(f"tasks.{task}.")}
+        assert_same_bits(mine, {n: everything(alone)[n] for n in mine})
+    assert [r["lr"] for r in rows["a"]] != [r["lr"] for r in rows["b"]]
 
 
 def test_each_epoch_of_a_phase_is_announced_with_its_number() -> None:

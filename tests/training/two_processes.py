@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import Metric
+from torchmetrics.classification import MulticlassAccuracy
 from training_nets import conv_net, dense_net, everything, images, in_order, model_of, vectors
 
 import weft
@@ -168,6 +170,41 @@ def run_stopping() -> int:
     return weft.fit(model, {"a": loader}, epochs=5, callbacks=[stop], progress=False).epochs
 
 
+class Noise(nn.Module):
+    """Adds noise in eval mode too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 3.0 * torch.randn_like(x)
+
+
+class Rows(Metric):
+    """How many rows it has seen, added up over processes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("rows", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, _: Tensor, target: Tensor) -> None:
+        self.rows += len(target)
+
+    def compute(self) -> Tensor:
+        return self.rows
+
+
+def run_drawing() -> dict[str, Any]:
+    """A model that draws random numbers while it predicts."""
+    base = dense_net()
+    model = weft.MultiTaskModel(base, weft.full_finetune(base))
+    torch.manual_seed(1)
+    head = nn.Sequential(nn.Linear(8, 3), Noise())
+    metrics = {"accuracy": MulticlassAccuracy(3), "rows": Rows()}
+    model.add_task("a", weft.Task(head, nn.functional.cross_entropy, metrics))
+    train, val = DataLoader(vectors(32, 3, 1), 8), DataLoader(vectors(40, 3, 2), 8)
+    history = weft.fit(model, {"a": (train, val)}, epochs=8, lr=1e-3, progress=False)
+    values = [row["val"] for row in history["a"]]
+    return {"tensors": everything(model), "best": history.best["a"], "val": values}
+
+
 def run_refused() -> list[str]:
     """Data that two processes cannot divide."""
     base = dense_net()
@@ -219,6 +256,7 @@ def main(folder: str) -> None:
             results[f"normalised {name} {accumulate}"] = run_normalised(name, accumulate)
     results["failing"] = run_failing()
     results["stopping"] = run_stopping()
+    results["drawing"] = run_drawing()
     results["refused"] = run_refused()
     results["files"] = run_files(Path(folder))
     torch.save(results, Path(folder) / f"{os.environ['RANK']}.pt")

@@ -151,6 +151,7 @@ class Phase:
         selectable: whether its epochs may be kept as the best one.
         prepare: run before the phase with the model and the training data by task, for
             data-dependent initialisation or saliency.
+        required: whether ``prepare`` also runs at the end of a run that stops before the phase.
         each_epoch: run before each of its epochs with the model, the tasks in the phase, the
             epoch's number within the phase, from 0, and the phase's epochs; for schedules of what
             adapters hold in buffers.
@@ -174,6 +175,7 @@ class Phase:
     restart: bool = False
     selectable: bool = True
     prepare: Callable[[MultiTaskModel, Mapping[str, Iterable[Any]]], None] | None = None
+    required: bool = False
     each_epoch: Callable[[MultiTaskModel, tuple[str, ...], int, int], None] | None = None
     transition: (
         Callable[

@@ -164,7 +164,7 @@ def _within(phases: tuple[Phase, ...], budget: Budget) -> tuple[Phase, ...]:
     return (
         *before,
         replace(select, transition=DualAscent(budget), every=1),
-        replace(harden, prepare=ChooseWithin(budget)),
+        replace(harden, prepare=ChooseWithin(budget), required=True),
     )
 
 
@@ -191,8 +191,8 @@ def _check_options(
     if not penalty >= 0.0:
         raise PlanError(f"taps(penalty=...) is a number >= 0, found {penalty}.")
     if budget is not None:
-        whole = isinstance(budget, int) and not isinstance(budget, bool)
-        if not (0.0 < budget <= 1.0 or (whole and budget > 1)):
+        share = 0.0 < budget <= 1.0
+        if isinstance(budget, bool) or not (share or (isinstance(budget, int) and budget > 1)):
             raise PlanError(
                 "taps(budget=...) is a share of the base's parameters in (0, 1] or a whole number "
                 f"of bytes, found {budget!r}."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,6 +102,12 @@ def check_accelerator(accelerator: Accelerator) -> None:
     Raises:
         ConfigError: says which setting is in the way.
     """
+    launched = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+    if launched > 1 and accelerator.num_processes == 1:
+        raise ConfigError(
+            f"{launched} processes were started, but each would train alone: Accelerate joins "
+            "processes on CPU only where it is told to. Set ACCELERATE_USE_CPU=true."
+        )
     if accelerator.gradient_accumulation_steps != 1:
         raise ConfigError(
             f"Accelerate is set to gradient_accumulation_steps="

@@ -158,6 +158,11 @@ class Source:
         self._loader = loader
         self._many = many
 
+    @property
+    def key(self) -> Hashable:
+        """Equal for what reads the same loader for the same tasks."""
+        return id(self._loader), tuple(self.tasks)
+
     def __iter__(self) -> Iterator[Batches]:
         for batch in self._loader:
             if self._many is None:
@@ -211,26 +216,36 @@ class Endless:
         raise DataError(f"The training data of '{', '.join(self._source.tasks)}' gave no batch.")
 
 
-def together(
-    loaders: Mapping[str, Loader], steps: int, seeds: Mapping[str, int]
-) -> Iterator[Batches]:
-    """Steps that visit every task: shorter loaders start again, so that no data is cut off.
+class Reader:
+    """The batches of an epoch: a loader that is asked for again goes on where it was left.
 
     Args:
-        loaders: by task.
-        steps: how many steps to give.
-        seeds: by task, of its random numbers.
-
-    Returns:
-        ``{task: (inputs, targets)}`` for each step, tasks in the order of the loaders.
+        seeds: by task, of the random numbers of its data.
     """
-    streams = Streams(seeds)
-    endless = [Endless(source, streams) for source in sources(loaders)]
-    for _ in range(steps):
-        step: Batches = {}
-        for source in endless:
-            step |= source.next()
-        yield {task: step[task] for task in loaders}
+
+    def __init__(self, seeds: Mapping[str, int]) -> None:
+        self._streams = Streams(seeds)
+        self._open: dict[Hashable, Endless] = {}
+
+    def together(self, loaders: Mapping[str, Loader], steps: int) -> Iterator[Batches]:
+        """Steps that visit every task: shorter loaders start again, so that no data is cut off.
+
+        Args:
+            loaders: by task.
+            steps: how many steps to give.
+
+        Returns:
+            ``{task: (inputs, targets)}`` for each step, tasks in the order of the loaders.
+        """
+        read = [
+            self._open.setdefault(source.key, Endless(source, self._streams))
+            for source in sources(loaders)
+        ]
+        for _ in range(steps):
+            step: Batches = {}
+            for endless in read:
+                step |= endless.next()
+            yield {task: step[task] for task in loaders}
 
 
 def inputs_are_finite(inputs: Any) -> bool:

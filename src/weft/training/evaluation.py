@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -113,8 +113,13 @@ def _fresh(metric: Metric, device: torch.device) -> Metric:
     for module in fresh.modules():
         if isinstance(module, TorchMetric):
             # Every process sees all of the data, so nothing is to be added up over processes.
-            module.sync_on_compute = False
+            # Its own option for that, sync_on_compute, is read only when a metric is made.
+            module.distributed_available_fn = _alone
     return fresh.to(device)
+
+
+def _alone() -> bool:
+    return False
 
 
 def _value(task: str, name: str, value: Any) -> float:
@@ -138,10 +143,50 @@ def device_of(model: MultiTaskModel) -> torch.device:
     return torch.device("cpu") if tensor is None else tensor.device
 
 
-def score_of(model: MultiTaskModel, task: str, scores: Scores) -> float:
-    """What chooses the task's best epoch, larger is better: its first metric, else its loss."""
-    for name, metric in model.tasks[task].task.metrics.items():
-        # torchmetrics' metrics say which way is better; larger is, if a metric says nothing.
-        lower = getattr(metric, "higher_is_better", True) is False
-        return -scores[name] if lower else scores[name]
-    return -scores["loss"]
+def choosing_scores(model: MultiTaskModel, scores: Mapping[str, Scores]) -> dict[str, float]:
+    """What chooses the best epoch of each task, larger is better: its first metric, else its loss.
+
+    Args:
+        model: the model.
+        scores: of some of its tasks, as `evaluate` gives them.
+
+    Returns:
+        By task, the score, negative where smaller is better.
+    """
+    return {task: sign * scores[task][name] for task, (name, sign) in _choosing(model, scores)}
+
+
+def together_scores(model: MultiTaskModel, scores: Mapping[str, Scores]) -> dict[str, float]:
+    """The same for tasks that stand and fall together, so that a mean over them means something.
+
+    Where the tasks have different metrics, their scores' logarithms: the mean of these is that of a
+    geometric mean, which a change of a metric's unit leaves in order.
+
+    Args:
+        model: the model.
+        scores: of some of its tasks, as `evaluate` gives them.
+
+    Returns:
+        By task, a number.
+    """
+    chosen = dict(_choosing(model, scores))
+    if len(set(chosen.values())) <= 1:
+        return choosing_scores(model, scores)
+    # NaN stays NaN: whoever chooses knows what to make of it.
+    return {
+        task: sign * math.log(max(scores[task][name], 1e-12))
+        for task, (name, sign) in chosen.items()
+    }
+
+
+def _choosing(
+    model: MultiTaskModel, tasks: Iterable[str]
+) -> Iterator[tuple[str, tuple[str, float]]]:
+    """By task, the name of what chooses its best epoch, and -1 if smaller is better, else 1."""
+    for task in tasks:
+        for name, metric in model.tasks[task].task.metrics.items():
+            # torchmetrics' metrics say which way is better; larger is, if a metric says nothing.
+            yield task, (name, -1.0 if getattr(metric, "higher_is_better", True) is False else 1.0)
+            break
+        else:
+            yield task, ("loss", -1.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -27,6 +27,7 @@ def parameter_groups(
     lr: float,
     head_lr: float | None = None,
     weight_decay: float = 0.0,
+    apart: Mapping[str, Hashable] | None = None,
 ) -> Groups:
     """What trains when these tasks are fitted, grouped as their plans recommend.
 
@@ -39,15 +40,17 @@ def parameter_groups(
         lr: learning rate.
         head_lr: learning rate of the heads; default ``lr``.
         weight_decay: for groups that take decay.
+        apart: by task; tasks for which it differs are in no group together.
 
     Returns:
         Groups for any torch optimiser.
     """
     names = list(tasks)
-    found: dict[tuple[str, float, float], list[nn.Parameter]] = {}
+    found: dict[tuple[str, float, float, Hashable], list[nn.Parameter]] = {}
 
-    def put(kind: str, parameter: nn.Parameter, rate: float, decay: float) -> None:
-        found.setdefault((kind, rate, decay), []).append(parameter)
+    def put(kind: str, task: str, parameter: nn.Parameter, rate: float, decay: float) -> None:
+        key = (kind, rate, decay, (apart or {}).get(task))
+        found.setdefault(key, []).append(parameter)
 
     for task in names:
         groups = model.plan(task).groups
@@ -55,18 +58,18 @@ def parameter_groups(
         for key, parameter in model.trainable(task).items():
             group = _group_of(groups, key)
             decay = weight_decay if group.decay and key not in anchored else 0.0
-            put("own", parameter, lr * group.lr, decay)
+            put("own", task, parameter, lr * group.lr, decay)
         head = model.head(task)
         for parameter in [] if head is None else head.parameters():
             if parameter.requires_grad:
-                put("head", parameter, lr if head_lr is None else head_lr, weight_decay)
-    if any(model.plan(task) is model.sharing for task in names):
+                put("head", task, parameter, lr if head_lr is None else head_lr, weight_decay)
+    for task in [t for t in names if model.plan(t) is model.sharing][:1]:
         for key, parameter in model.shared_trainable().items():
             group = _group_of(model.sharing.groups, key)
-            put("shared", parameter, lr * group.lr, weight_decay if group.decay else 0.0)
+            put("shared", task, parameter, lr * group.lr, weight_decay if group.decay else 0.0)
     return [
         {"params": params, "lr": rate, "weight_decay": decay, "name": kind}
-        for (kind, rate, decay), params in found.items()
+        for (kind, rate, decay, _), params in found.items()
     ]
 
 

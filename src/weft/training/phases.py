@@ -46,6 +46,7 @@ class Phases:
 
     Raises:
         TrainingError: too few epochs for the phases of a plan, or too few steps for its turns.
+        DataError: data that a phase cannot cut, or that processes cannot divide.
     """
 
     def __init__(
@@ -79,6 +80,9 @@ class Phases:
         self.shared = model.shared_trainable()
         self._parts: dict[tuple[str, tuple[float, float]], Loader] = {}
         self._shares: dict[tuple[str, tuple[float, float]], Loader] = {}
+        for epoch in self._stretches:
+            for stretch in epoch:
+                self.loaders(stretch)  # data that cannot be cut is refused before any work
 
     # ------------------------------------------------------------------ the course
 
@@ -95,14 +99,14 @@ class Phases:
         """Whether some phase starts again from the beginning."""
         return any(phase.restart for course in self._course.values() for phase in course)
 
-    def updates_between_restarts(self) -> list[int]:
-        """Optimiser steps of the stretches of the run, each with a schedule of its own."""
-        found = [0]
+    def updates_between_restarts(self, task: str) -> tuple[int, ...]:
+        """Optimiser steps of the parts of a task's run, each with a schedule of its own."""
+        found, course = [0], self._course[task]
         for epoch, updates in enumerate(self._updates):
-            if epoch and any(phase.restart for phase, _ in self.beginning(epoch)):
+            if epoch and course[epoch].restart and course[epoch] is not course[epoch - 1]:
                 found.append(0)
             found[-1] += updates
-        return found
+        return tuple(found)
 
     def beginning(self, epoch: int) -> list[tuple[Phase, list[str]]]:
         """The phases whose first epoch this is, with the tasks that are in them."""
@@ -141,15 +145,36 @@ class Phases:
         self.begin(self._stretches[epoch][0])
         self._model.eval()
         for phase, tasks in self.beginning(epoch):
-            if phase.prepare is not None:
-                data = phase.parts[0].data
-                phase.prepare(self._model, {task: self._part(task, data) for task in tasks})
+            self._prepare(phase, tasks)
         for phase, tasks in _tasks_of_each(self.of(epoch)):
             if phase.each_epoch is not None:
                 course, start = self._course[tasks[0]], self._start(tasks[0], phase)
                 length = sum(p is phase for p in course)
                 with torch.no_grad():
                     phase.each_epoch(self._model, tuple(tasks), epoch - start, length)
+
+    def conclude(self, epochs: int) -> list[str]:
+        """Prepare what has to be prepared also in a run that stopped early.
+
+        Args:
+            epochs: how many the run had.
+
+        Returns:
+            The tasks that this changed.
+        """
+        changed = []
+        self._model.eval()
+        for epoch in range(epochs, len(self._stretches)):
+            for phase, tasks in self.beginning(epoch):
+                if phase.required:
+                    self._prepare(phase, tasks)
+                    changed += tasks
+        return changed
+
+    def _prepare(self, phase: Phase, tasks: list[str]) -> None:
+        if phase.prepare is not None:
+            data = phase.parts[0].data
+            phase.prepare(self._model, {task: self._part(task, data) for task in tasks})
 
     def begin(self, stretch: Stretch) -> None:
         """Let each task's turn say what trains."""

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
+
+Value = TypeVar("Value")
 
 
 class Processes:
@@ -35,6 +39,14 @@ class Processes:
         tensor = torch.tensor(values, device=self._accelerator.device)
         means: list[float] = self._accelerator.reduce(tensor, reduction="mean").tolist()
         return means
+
+    def first(self, value: Value) -> Value:
+        """The first process's value, a plain one, in all of them."""
+        if self.count == 1:
+            return value
+        values = [value]
+        broadcast_object_list(values)
+        return values[0]
 
     @torch.no_grad()
     def average(self, tensors: Iterable[Tensor]) -> None:

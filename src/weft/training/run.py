@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from accelerate import Accelerator
-from torch import nn
 
 from weft.core.model import MultiTaskModel
-from weft.errors import PlanError, TrainingError
+from weft.errors import TrainingError
 
-from .batches import Loader, to_device, together
+from .batches import Loader, Reader, to_device
 from .checkpoint import put_back, restore, snapshot
-from .evaluation import evaluate, score_of
+from .evaluation import Scores, choosing_scores, evaluate, together_scores
 from .history import Callback, Epoch, History, Row
 from .loaders import reseed
-from .optimization import OptimizerChoice, PullToBase, make_optimizer, parameter_groups
+from .optimization import OptimizerChoice
 from .phases import Phases, Stretch
 from .processes import Processes
 from .progress import Display
 from .randomness import derived_seed, seed_everything
-from .schedule import rate_factor
 from .selection import Selection
 from .settings import Settings
 from .step import (
@@ -36,6 +34,7 @@ from .step import (
     problem_with,
     sum_of,
 )
+from .updates import Updates
 
 
 class Run:
@@ -77,28 +76,12 @@ class Run:
         self._set = settings
         self._accelerator = accelerator
         self._stopped = False
-        self._updates = 0
-        joint = bool(model.shared_trainable())
-        self._selection = Selection(tuple(validation), joint=joint, patience=settings.patience)
-        groups = parameter_groups(
-            model,
-            self.tasks,
-            lr=settings.lr,
-            head_lr=settings.head_lr,
-            weight_decay=settings.weight_decay,
+        self._joint = bool(model.shared_trainable())
+        self._selection = Selection(
+            tuple(validation), joint=self._joint, patience=settings.patience
         )
-        if not groups:
-            raise PlanError(
-                f"Nothing trains for {', '.join(self.tasks)}: the plan owns nothing and the head "
-                "has no parameters."
-            )
-        self._parameters: list[nn.Parameter] = [p for group in groups for p in group["params"]]
-        self._inner = make_optimizer(optimizer, groups, settings.momentum)
-        self._pull = PullToBase(model, self.tasks, self._inner, settings.weight_decay)
-        self._rates: list[float] = [group["lr"] for group in self._inner.param_groups]
-        stretches = self._phases.updates_between_restarts()
-        self._factor = rate_factor(settings.schedule, stretches, settings.warmup_steps)
-        self._optimizer = accelerator.prepare(self._inner)
+        courses = {task: self._phases.updates_between_restarts(task) for task in self.tasks}
+        self._updates = Updates(model, self.tasks, courses, settings, optimizer, accelerator)
         with warnings.catch_warnings():
             # Its successor is not in every torch that this library runs on.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
@@ -129,9 +112,9 @@ class Run:
         display.begin(self.epoch, phases[self.tasks[0]].name)
         means = self._train_steps(seeds, display)
         self._average_statistics()
-        check_parameters(self._parameters, self.epoch)
+        check_parameters(self._updates.parameters, self.epoch)
         seconds = round(time.perf_counter() - started, 3)
-        scores = evaluate(self.model, self._validation)
+        scores = self._scores(self.tasks)
         rows: dict[str, Row] = {}
         for task in self.tasks:
             ledger = self.model.ledger(task)
@@ -141,7 +124,7 @@ class Run:
                 "phase": phases[task].name,
                 "loss": means.losses[task],
                 "penalty": means.penalty,
-                "lr": self._set.lr * self._factor(self._updates - 1),
+                "lr": self._updates.rate(task),
                 "seconds": seconds,
                 "val": scores.get(task, {}),
                 "open_gates": opened,
@@ -151,7 +134,8 @@ class Run:
             for penalty in self.model.plan(task).penalties:
                 rows[task].update(penalty.figures(self.model.tasks[task].own))
         self._last = snapshot(self.model, self.tasks)
-        values = {t: score_of(self.model, t, s) for t, s in scores.items() if phases[t].selectable}
+        may_stay = {t: s for t, s in scores.items() if phases[t].selectable}
+        values = (together_scores if self._joint else choosing_scores)(self.model, may_stay)
         self._selection.consider(self.epoch, values, self._last)
         for task, row in rows.items():
             self.history.rows.setdefault(task, []).append(row)
@@ -164,6 +148,16 @@ class Run:
 
     def _stop(self) -> None:
         self._stopped = True
+
+    def _scores(self, tasks: Collection[str]) -> dict[str, Scores]:
+        """Scores on validation, of those tasks that have any.
+
+        They are the same in all processes, also where a model or a device draws while it predicts,
+        so that all keep the same epoch.
+        """
+        seed_everything(derived_seed(self._set.seed, self.epoch, "validation"))
+        validation = {t: loader for t, loader in self._validation.items() if t in tasks}
+        return self._processes.first(evaluate(self.model, validation))
 
     def _begin(self) -> dict[str, int]:
         """Seed the epoch and enter its phases; the seeds of the tasks' data.
@@ -178,8 +172,8 @@ class Run:
                 reseed(loader, seeds[task])
         for phase, tasks in self._phases.beginning(epoch):
             if phase.restart and self._start is not None:
-                for tensor in put_back(self.model, tuple(tasks), self._start, phase.keeps):
-                    self._inner.state.pop(tensor, None)
+                changed = put_back(self.model, tuple(tasks), self._start, phase.keeps)
+                self._updates.forget(changed)
         seed_everything(derived_seed(seed, epoch))  # all processes prepare a phase alike
         self._phases.enter(epoch)
         seed_everything(derived_seed(seed, epoch, "process", self._processes.index))
@@ -189,13 +183,12 @@ class Run:
         """All steps of the epoch; the means of their numbers over steps and processes."""
         sums = [0.0] * (2 + len(self.tasks))
         self.model.train()
-        self._forget_gradients()
+        self._updates.forget_gradients()
         done, updates = 0, 0
-        for place, stretch in enumerate(self._phases.stretches(self.epoch)):
+        reader = Reader(seeds)
+        for stretch in self._phases.stretches(self.epoch):
             self._phases.begin(stretch)
-            if place:
-                seeds = {task: derived_seed(seed, place) for task, seed in seeds.items()}
-            for figures, boundary in self._stretch(stretch, seeds, done):
+            for figures, boundary in self._stretch(stretch, reader, done):
                 if boundary:
                     self._update(updates)
                     updates += 1
@@ -207,19 +200,19 @@ class Run:
         return Figures(means[0], means[1], dict(zip(self.tasks, means[2:], strict=True)))
 
     def _stretch(
-        self, stretch: Stretch, seeds: Mapping[str, int], done: int
+        self, stretch: Stretch, reader: Reader, done: int
     ) -> Iterator[tuple[Figures, bool]]:
         """Forward and backward of a stretch's steps; whether an optimiser step is due after each.
 
         Args:
             stretch: which turns.
-            seeds: by task, of its data.
+            reader: of the epoch's data.
             done: the steps of the epoch before it.
         """
         steps, accumulate = stretch.steps, self._set.accumulate
         charge = {task: turn.penalty for task, turn in stretch.turns.items()}
         loaders = self._phases.loaders(stretch)
-        for index, batches in enumerate(together(loaders, steps, seeds)):
+        for index, batches in enumerate(reader.together(loaders, steps)):
             batches = to_device(batches, self._accelerator.device)
             place = index % accumulate
             boundary = place == accumulate - 1 or index == steps - 1
@@ -253,24 +246,11 @@ class Run:
 
     def _update(self, update: int) -> None:
         """One optimiser step, the ``update``-th of the epoch."""
-        if self._updates == 0:
+        if self._updates.done == 0:
             check_reached(self.model, self.tasks)
-        factor = self._factor(self._updates)
-        for group, rate in zip(self._inner.param_groups, self._rates, strict=True):
-            group["lr"] = rate * factor
-        if self._set.clip is not None:
-            self._accelerator.clip_grad_norm_(self._parameters, self._set.clip)
-        elif self._accelerator.scaler is not None:
-            self._accelerator.unscale_gradients(self._optimizer)
-        self._pull()
-        self._optimizer.step()
+        self._updates()
         self._phases.after_update(self.epoch, update)
-        self._updates += 1
-        self._forget_gradients()
-
-    def _forget_gradients(self) -> None:
-        for parameter in self._parameters:
-            parameter.grad = None
+        self._updates.forget_gradients()
 
     def _average_statistics(self) -> None:
         """Make running statistics one over processes: each saw its own part of the batches.
@@ -293,10 +273,13 @@ class Run:
         if self._set.keep == "best":
             self.history.best |= self._selection.epochs
             restore(self.model, self.tasks, self._selection.kept)
+        scores = {t: self.history[t][epoch]["val"] for t, epoch in self.history.best.items()}
+        seed_everything(derived_seed(self._set.seed, self.epoch))
+        changed = self._phases.conclude(self.epoch)
+        scores |= self._scores(changed)
         for task in self.tasks:
-            facts, rows = self.model.tasks[task].facts, self.history.rows[task]
-            facts["history"] = rows
-            val = rows[self.history.best[task]]["val"]
+            facts = self.model.tasks[task].facts
+            facts["history"], val = self.history[task], scores[task]
             facts["metrics"] = {**facts.get("metrics", {}), "val": val}
 
     @contextmanager
@@ -310,17 +293,14 @@ class Run:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds."""
-        scaler = self._accelerator.scaler
         return {
             "epoch": self.epoch,
-            "updates": self._updates,
             "stopped": self._stopped,
             "start": self._start,
             "last": self._last,
             "selection": self._selection.state(),
-            "optimizer": self._inner.state_dict(),
-            "scaler": None if scaler is None else scaler.state_dict(),
             "rows": self.history.rows,
+            **self._updates.state(),
         }
 
     def resume(self, state: Mapping[str, Any]) -> None:
@@ -330,16 +310,8 @@ class Run:
             TrainingError: it is of another model or optimiser.
         """
         restore(self.model, self.tasks, state["last"])
-        try:
-            self._inner.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise TrainingError(
-                f"The checkpoint does not fit this optimiser: {error}. Remove it to start anew."
-            ) from error
-        if state["scaler"] is not None and self._accelerator.scaler is not None:
-            self._accelerator.scaler.load_state_dict(state["scaler"])
+        self._updates.load(state)
         self._selection.load(state["selection"])
         self._start, self._last = state["start"], state["last"]
         self.history = History(state["rows"])
-        self.epoch, self._updates = state["epoch"], state["updates"]
-        self._stopped = state["stopped"]
+        self.epoch, self._stopped = state["epoch"], state["stopped"]
