@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -245,6 +246,15 @@ def test_the_curve_holds_every_behaviour_once_and_agrees_with_the_definition(
         assert by_definition(threshold) in found
     assert all(a.threshold < b.threshold for a, b in pairwise(curve.points))
     assert all(a.multiply_adds < b.multiply_adds for a, b in pairwise(curve.points))
+
+
+def test_neighbouring_numbers_are_told_apart() -> None:
+    low = 0.5
+    confidence = torch.tensor([[low, 1.0], [math.nextafter(low, 1.0), 1.0]], dtype=torch.float64)
+    curve = sweep(confidence, torch.tensor([[True, False], [True, False]]), [1, 10])
+    assert [p.shares for p in curve.points] == [(1.0, 0.0), (0.5, 0.5), (0.0, 1.0)]
+    left = exits(confidence.tolist(), curve.points[1].threshold)
+    assert left == [1, 0]
 
 
 def test_the_curve_says_what_the_cascade_then_does() -> None:

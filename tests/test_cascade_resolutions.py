@@ -15,6 +15,7 @@ from weft.cascade import Resized, add_resolutions
 from weft.data import ArrayData, Preprocessing, loader
 from weft.errors import DataError, TaskError
 from weft.tasks import PooledLinear
+from weft.training.loaders import reseed, share_of_process, slice_loader
 
 
 def trunk() -> nn.Sequential:
@@ -109,8 +110,24 @@ def test_a_shuffled_loader_shuffles_anew_in_each_epoch() -> None:
     assert not torch.equal(first, second)
 
 
+def test_parts_and_seeds_reach_the_loader_inside() -> None:
+    data = TensorDataset(torch.randn(32, 3, 4, 4), torch.arange(32))
+    inner = DataLoader(data, 8, shuffle=True, generator=torch.Generator())
+    small = Resized(inner, 2)
+    orders = []
+    for _ in range(2):
+        reseed(small, 5)
+        orders.append(torch.cat([y for _, y in small]))
+    assert torch.equal(*orders)
+    parts = [slice_loader(small, part, 1, "a") for part in ((0.0, 0.5), (0.5, 1.0))]
+    first, second = (torch.cat([y for _, y in part]).tolist() for part in parts)
+    assert sorted(first + second) == list(range(32))
+    shares = [share_of_process(small, index, 2, "a") for index in (0, 1)]
+    assert {tuple(x.shape) for share in shares for x, _ in share} == {(4, 3, 2, 2)}
+
+
 def test_a_loader_without_length_has_none_resized() -> None:
-    with pytest.raises(TypeError, match="no length"):
+    with pytest.raises(TypeError, match=r"no len\(\)"):
         len(Resized(iter(batches()), 4))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -165,6 +166,23 @@ def test_layers_behind_closed_gates_are_in_common() -> None:
         found = weft.multiply_adds(model, torch.zeros(1, 4))
         assert (found.common, found.own) == (24, {"a": 18 + 6, "b": 18 + 6})
         model.harden("a")
+
+
+def test_constants_that_the_forward_makes_are_the_same_for_all() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            scale = torch.tensor([1.0, 2.0, 3.0, 1.0, 2.0, 3.0])
+            mask = torch.from_numpy(np.ones(6, dtype=np.float32))
+            return self.last(self.first(x) * scale * mask)
+
+    base = Scaled()
+    found = compute(weft.linear_probe(base), base, x=torch.zeros(1, 6))
+    assert found.common == 6 * 6 + 6 * 4
+    assert set(found.own.values()) == {4 * 5}
 
 
 def test_counting_leaves_the_model_as_it_was() -> None:

@@ -116,15 +116,25 @@ def read_task(experiment: Experiment, name: str) -> TaskData:
 
 
 def make_loaders(
-    experiment: Experiment, data: TaskData, stated: Preprocessing | None
+    experiment: Experiment, name: str, data: TaskData, stated: Preprocessing | None
 ) -> dict[str, Loader]:
-    """A loader for each split that there is."""
-    section = experiment.data
+    """A loader for each split that a task has.
+
+    Raises:
+        ConfigError: an augmentation that the task's targets do not go with.
+    """
+    section, task = experiment.data, experiment.tasks[name]
     images = data.input_shape is not None and len(data.input_shape) == 3
     preprocessing = (stated or Preprocessing(mean=(0.5,) * 3, std=(0.5,) * 3)) if images else None
     augmentation = None
     if section.augmentation is not None and images:
-        augmentation = Augmentation(**section.augmentation.model_dump())
+        normals = task.kind == "surface_normals"
+        if normals and section.augmentation.flip and task.options.get("encoding") == "adashare":
+            raise ConfigError(
+                "data.augmentation.flip: found true, but mirrored normals have no value in the "
+                f"encoding 'adashare' of tasks.{name}. Set it to false."
+            )
+        augmentation = Augmentation(**section.augmentation.model_dump(), normals=normals)
     return {
         split: loader(
             dataset,

@@ -8,7 +8,7 @@ nothing.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -68,11 +68,12 @@ def multiply_adds(model: MultiTaskModel, x: Any, *, tasks: Sequence[str] | None 
     # PyTorch leaves aside where an input requires a gradient.
     with torch.inference_mode(False):
         x = pytree.tree_map_only(Tensor, _differentiable, x)
+    stored = {_storage(t) for t in (*model.parameters(), *model.buffers(), *pytree.tree_leaves(x))}
     found: dict[str, Counter[Hashable]] = {}
     with modes_kept(model), torch.inference_mode(False), torch.enable_grad():
         model.eval()
         for task in chosen:
-            with sdpa_kernel(SDPBackend.MATH), _Tracer() as tracer:
+            with sdpa_kernel(SDPBackend.MATH), _Tracer(stored) as tracer:
                 model(x, task=task)
             found[task] = tracer.counts
     if not found:
@@ -90,14 +91,20 @@ def _differentiable(tensor: Tensor) -> Tensor:
 class _Tracer(TorchDispatchMode):
     """Names every operation that runs inside by what it does to what, and counts its multiply-adds.
 
-    A piece of memory is named by the operation that wrote to it last; one that no operation of this
-    trace wrote (an input, a stored tensor) by its place.
+    A piece of memory is named by the operation that wrote to it last; an input or a stored tensor
+    by its place; any other, such as a constant that the forward makes of Python's numbers, by what
+    is in it.
+
+    Args:
+        stored: places of the inputs and of the model's tensors.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stored: Collection[int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.counts: Counter[Hashable] = Counter()
+        self._stored = stored
         self._written: dict[int, Hashable] = {}
+        self._alive: list[Any] = []  # so that no place is used twice in a trace
 
     def __torch_dispatch__(
         self,
@@ -118,6 +125,7 @@ class _Tracer(TorchDispatchMode):
             # A view reads what was written before; only new memory, or changed one, has a new name.
             if isinstance(tensor, Tensor) and (_storage(tensor) not in read or _changes(func)):
                 self._written[_storage(tensor)] = (name, place)
+                self._alive.append(tensor.untyped_storage())
         return output
 
     def _name(self, leaf: Any) -> Hashable:
@@ -125,11 +133,18 @@ class _Tracer(TorchDispatchMode):
             return str(leaf)
         storage = _storage(leaf)
         where = (tuple(leaf.shape), leaf.stride(), leaf.storage_offset())
-        return (self._written.get(storage, storage), where)
+        if storage in self._written:
+            return (self._written[storage], where)
+        return (storage if storage in self._stored else _content(leaf), where)
 
 
 def _changes(func: Any) -> bool:
     return any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)
+
+
+def _content(tensor: Tensor) -> Hashable:
+    content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return (str(tensor.dtype), content.numpy().tobytes())
 
 
 def _storage(tensor: Tensor) -> int:

@@ -72,7 +72,7 @@ def dry_run(experiment: Experiment) -> list[PlannedTask]:
     example = None
     if any(map(needs_example, _methods(experiment))):
         first = next(iter(experiment.tasks))
-        loaders = make_loaders(experiment, read_task(experiment, first), stated)
+        loaders = make_loaders(experiment, first, read_task(experiment, first), stated)
         example = first_rows({first: loaders})
     planned = []
     for name, section in experiment.tasks.items():
@@ -117,7 +117,7 @@ def train(experiment: Experiment, *, progress: bool = True) -> dict[str, dict[st
     folder = Folder(Path(experiment.output))
     base, stated = load_experiment_base(experiment)
     sets = read_data(experiment)
-    every = {name: make_loaders(experiment, data, stated) for name, data in sets.items()}
+    every = {name: make_loaders(experiment, name, data, stated) for name, data in sets.items()}
     example = first_rows(every)
     if experiment.pretrain is not None:
         base = _pretrained(experiment, base, sets, every, example, progress=progress)
@@ -279,7 +279,7 @@ def evaluate_stored(
     model = bank.load(base, *chosen, output=experiment.base.output)
     scores: dict[str, dict[str, float]] = {}
     for name in chosen:
-        splits = make_loaders(experiment, read_task(experiment, name), stated)
+        splits = make_loaders(experiment, name, read_task(experiment, name), stated)
         if split not in splits:
             raise DataError(f"The data of '{name}' has no split '{split}': {', '.join(splits)}.")
         scores |= evaluate(model, {name: splits[split]})

@@ -117,6 +117,30 @@ def test_a_mixed_batch_gives_inputs_of_one_row_to_all_rows() -> None:
         torch.testing.assert_close(mixed[row : row + 1], alone)
 
 
+def test_a_base_that_writes_to_its_input_is_refused_where_tasks_share_one() -> None:
+    base = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 2))
+    model = weft.MultiTaskModel(base, weft.full_finetune(base), example=torch.zeros(1, 3))
+    for name in "ab":
+        model.add_task(name, weft.Task(head=None, loss=nn.MSELoss()))
+    x = torch.randn(4, 3)
+    expected = nn.functional.linear(x.relu(), base[1].weight, base[1].bias)
+    with pytest.raises(DataError, match="The base writes to its input"):
+        model.predict_all(x.clone())
+    y = x.clone()
+    with pytest.raises(DataError, match="The base writes to its input"):
+        model.step({"a": y, "b": y})
+    # Inputs apart, one task, and rows of one batch do not disturb each other.
+    apart = model.step({"a": x.clone(), "b": x.clone()}).outputs
+    assert torch.equal(apart["a"], apart["b"])
+    torch.testing.assert_close(model(x.clone(), task="b"), expected)
+    torch.testing.assert_close(model(x.clone(), task=["a", "a", "b", "b"]), expected)
+    with torch.inference_mode():
+        # Inference tensors do not say when they are written to: each task gets a copy.
+        outputs = model.predict_all(x.clone())
+    assert torch.equal(outputs["a"], outputs["b"])
+    torch.testing.assert_close(outputs["b"], expected)
+
+
 def test_a_base_that_cannot_be_copied_is_refused_with_a_way_out() -> None:
     base = nn.Linear(3, 2)
     base.cached = base(torch.randn(1, 3))  # a tensor inside a graph

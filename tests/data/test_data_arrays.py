@@ -187,6 +187,17 @@ def test_channels_last_images_and_dense_targets(write: Write) -> None:
         load(spec, image_size=4)
 
 
+def test_unknown_pixels_are_no_class(write: Write) -> None:
+    x = np.zeros((5, 6, 8, 3), dtype=np.uint8)
+    maps = (np.arange(5 * 48).reshape(5, 6, 8) % 4).astype(np.uint8)
+    maps[:, 0] = 255
+    assert load(write({"x": x, "seg": maps}), val=0, test=0).classes == ("0", "1", "2", "3")
+    wide = maps.astype(np.int64) * 2
+    assert len(load(write({"x": x, "seg": wide}), val=0, test=0).classes or ()) == 511
+    empty = np.full_like(maps, 255)
+    assert load(write({"x": x, "seg": empty}), val=0, test=0).classes == ()
+
+
 def test_image_size_resizes_plain_images(write: Write) -> None:
     x = np.zeros((2, 8, 8), np.uint8)
     x[:, :, 4:] = 200

@@ -117,6 +117,26 @@ def test_a_flip_mirrors_about_half_of_the_images_and_their_dense_targets() -> No
     assert torch.equal(targets, out[:, 0].long())
 
 
+def test_a_flip_turns_normals_round() -> None:
+    images = pixels(photos(50))
+    normals = torch.randn(50, 3, *images.shape[2:])
+    out, floats = Augmentation(normals=True)(images, normals)
+    mirrored = (out != images).flatten(1).any(1)
+    expected = normals.flip(-1) * torch.tensor([-1.0, 1.0, 1.0]).view(3, 1, 1)
+    assert 0 < int(mirrored.sum()) < 50
+    assert torch.equal(floats[mirrored], expected[mirrored])
+    assert torch.equal(floats[~mirrored], normals[~mirrored])
+    # As a picture: what is decoded by 2 x / 255 - 1 mirrors the same.
+    picture = torch.randint(0, 256, normals.shape, dtype=torch.uint8)
+    out, whole = Augmentation(normals=True)(images, picture)
+    mirrored = (out != images).flatten(1).any(1)
+    decoded, was = (2 * p.double() / 255 - 1 for p in (whole, picture))
+    torch.testing.assert_close(decoded[mirrored][:, 0], -was[mirrored][:, 0].flip(-1))
+    assert torch.equal(whole[mirrored][:, 1:], picture[mirrored][:, 1:].flip(-1))
+    with pytest.raises(DataError, match="expected surface normals, N x 3 x H x W"):
+        Augmentation(normals=True)(images, normals[:, :2])
+
+
 def test_a_padded_crop_is_a_shift() -> None:
     images = torch.zeros(300, 1, 5, 5, dtype=torch.uint8)
     images[:, :, 2, 2] = 9

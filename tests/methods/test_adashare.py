@@ -499,6 +499,8 @@ def test_blocks_are_found_named_or_stated() -> None:
             weft.adashare(base, **options)
     with pytest.raises(PlanError, match=r"^adashare skips residual blocks.*post-norm"):
         weft.adashare(nn.Sequential(nn.Conv2d(3, 4, 3)), example=x)
+    with pytest.raises(PlanError, match=r"One block is a list, too: blocks=\['blocks.0'\]"):
+        weft.adashare(base, blocks="blocks.0", example=x)  # type: ignore[arg-type]
     with pytest.raises(PlanError, match=r"inserts at 'blocks.9'"):
         weft.MultiTaskModel(base, weft.adashare(base, blocks={"blocks.9": ""}))
     remade = weft.adashare(base, **found.options)
@@ -517,6 +519,7 @@ def test_blocks_are_found_named_or_stated() -> None:
         ({"policy_data": 0.0}, "policy_data"),
         ({"temperature": (5.0, 0.0)}, "two numbers > 0"),
         ({"temperature": (5.0,)}, "two numbers > 0"),
+        ({"temperature": 1.0}, "two numbers > 0"),
         ({"losses": "mine"}, "losses=...\\) is 'paper' or 'code', found 'mine'"),
         ({"final": "best"}, "final"),
         ({"evaluation": "best"}, "evaluation"),

@@ -469,6 +469,12 @@ def test_blocks_that_cannot_be_divided_by_rows_have_a_policy_only() -> None:
     assert "called with other tensors" in plan.refused["two"]
 
 
+def test_targets_may_be_of_numpy() -> None:
+    same = plan_of(net(), target=0.5).options["target"]
+    assert plan_of(net(), target=np.float32(0.5)).options["target"] == same
+    assert plan_of(net(), target=np.array(same)).options["target"] == same
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [

@@ -93,6 +93,7 @@ def test_hard_sharing_trains_the_common_part_with_every_task() -> None:
         ({"fraction": 0.0}, "between 0 and 1, found 0.0. For nothing owned say own='nothing'"),
         ({"fraction": 1.0}, "between 0 and 1, found 1.0"),
         ({"batchnorm": "shared"}, "'private' or 'follow', found 'shared'"),
+        ({"own": ["0", "2"]}, "'2' matches 2, with no tensors to own"),
     ],
 )
 def test_wrong_options_of_hard_sharing_are_refused(

@@ -92,6 +92,18 @@ def test_only_the_order_of_logits_matters() -> None:
         assert auc(weft.Binary(), (changed, target)) == pytest.approx(expected, abs=1e-7)
 
 
+def test_the_smallest_differences_and_infinity_keep_their_order() -> None:
+    tiny = torch.tensor([0.0, 1e-300, 2e-300, math.inf], dtype=torch.float64)
+    target = torch.tensor([0, 0, 1, 1])
+    assert auc(weft.Binary(), (tiny, target)) == 1.0
+    assert auc(weft.Binary(), (-tiny, target)) == 0.0
+
+
+def test_what_is_no_number_has_no_area() -> None:
+    logits = torch.tensor([0.0, math.nan, 1.0])
+    assert math.isnan(auc(weft.Binary(), (logits, torch.tensor([0, 1, 1]))))
+
+
 def test_confident_classes_keep_their_order() -> None:
     # In single precision both probabilities of class 0 would be rounded to one.
     logits, target = torch.tensor([[30.0, 0.0], [20.0, 0.0]]), torch.tensor([0, 1])

@@ -101,6 +101,8 @@ def sweep(confidence: Tensor, correct: Tensor, costs: Sequence[int]) -> Curve:
     spent = torch.stack([n * cost for n, cost in zip(reached, costs, strict=True)]).sum(0)
     leaving = torch.stack([*reached, torch.zeros(points, dtype=torch.long)]).diff(dim=0).neg().T
     middles = (values[1:] + values[:-1]) / 2
+    # Between neighbouring numbers the middle is one of them: the upper one parts them, too.
+    middles = torch.where(middles > values[:-1], middles, values[1:])
     thresholds = [0.0, *middles.tolist(), 2.0]
     return Curve(
         tuple(

@@ -6,7 +6,7 @@ resolutions of one data set.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, final
 
@@ -16,7 +16,7 @@ from weft.core.model import MultiTaskModel
 from weft.core.task import Task, check_task_name
 from weft.data.transforms import resize
 from weft.errors import DataError, TaskError
-from weft.training.batches import Loader, split_batch
+from weft.training.batches import Changed, Loader, split_batch
 
 Stage = tuple[str, int]
 """A task and the side of the square images that it takes."""
@@ -52,28 +52,31 @@ def add_resolutions(
 
 
 @final
-class Resized:
+class Resized(Changed):
     """The batches of a loader with images of another size.
 
     Args:
-        loader: batches ``(x, y)`` with images N x C x H x W of floats. To divide the data between
-            processes, resize in the loader instead: ``weft.data.Preprocessing(image_size=...)``.
+        loader: batches ``(x, y)`` with images N x C x H x W of floats.
         size: side of the result; of each image the largest centred square is used.
     """
 
     def __init__(self, loader: Loader, size: int) -> None:
-        self.loader = loader
+        self._loader = loader
         self.size = size
 
+    @property
+    def loader(self) -> Loader:
+        """The loader that is read."""
+        return self._loader
+
+    def over(self, loader: Loader) -> Resized:
+        """The same size for the batches of another loader."""
+        return Resized(loader, self.size)
+
     def __iter__(self) -> Iterator[tuple[Tensor, Any]]:
-        for batch in self.loader:
+        for batch in self._loader:
             x, y = split_batch(batch, "images to resize")
             yield resized(x, self.size), y
-
-    def __len__(self) -> int:
-        if not isinstance(self.loader, Sized):
-            raise TypeError("the loader has no length")
-        return len(self.loader)
 
 
 def resized(images: Any, size: int) -> Tensor:

@@ -106,8 +106,14 @@ class Runner:
         single = training and any(count_rows(*part) == 1 for part in parts.values())
         outputs: dict[str, Any] = {}
         records: dict[str, Records] = {}
+        parts, versions = _shared_inputs(parts)
         with self._statistics_kept_on_error(states.values() if single else ()):
             for name, state in states.items():
+                if any(tensor._version != version for tensor, version in versions):
+                    raise DataError(
+                        "The base writes to its input, so the next task would see other values. "
+                        "Let it begin with a copy (x = x.clone()), or run one task at a time."
+                    )
                 call = Call(context=context)
                 features, side = self._features(state, *parts[name], call, training=training)
                 state.build_head(features, self.reference())
@@ -231,6 +237,24 @@ class Runner:
                     "the last incomplete one, or call model.eval()."
                 ) from error
             raise
+
+
+def _shared_inputs(
+    parts: Mapping[str, Arguments],
+) -> tuple[Mapping[str, Arguments], list[tuple[Tensor, int]]]:
+    """The inputs, and those tensors that several tasks get, with how often they were written to.
+
+    Inference tensors do not count that: the tasks get copies of them.
+    """
+    seen: dict[int, Tensor] = {}
+    shared: list[Tensor] = []
+    for part in parts.values():
+        mine = {id(t): t for t in pytree.tree_leaves(part) if isinstance(t, Tensor)}
+        shared += [tensor for key, tensor in mine.items() if key in seen]
+        seen |= mine
+    if any(tensor.is_inference() for tensor in shared):
+        return {n: pytree.tree_map_only(Tensor, torch.clone, p) for n, p in parts.items()}, []
+    return parts, [(tensor, tensor._version) for tensor in shared]
 
 
 def _per_row(shapes: list[tuple[int, ...]]) -> str:

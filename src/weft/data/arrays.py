@@ -18,7 +18,7 @@ from weft.data.request import Request, listing
 from weft.data.sets import SPLITS, TaskData
 from weft.data.splitting import assemble, complete_splits
 from weft.data.tables import encode_table
-from weft.data.targets import read_targets
+from weft.data.targets import known_labels, read_targets
 from weft.data.transforms import fit_square
 from weft.errors import DataError
 
@@ -209,9 +209,10 @@ def _class_names(
     if source not in arrays:
         return classes
     names = tuple(str(name) for name in arrays[source].tolist())
-    if len(targets) and int(targets.max()) >= len(names):
+    labels = known_labels(targets)
+    if len(labels) and int(labels.max()) >= len(names):
         raise request.error(
-            f"{target} holds label {int(targets.max())}, and {source} names {len(names)} classes "
+            f"{target} holds label {int(labels.max())}, and {source} names {len(names)} classes "
             f"({listing(names, 5)}). Say classes=none to number the classes instead."
         )
     return names

@@ -14,10 +14,9 @@ from torch.utils.data import Dataset
 from weft.data.loading import stack_samples
 from weft.data.request import listing
 from weft.data.sets import ArrayData, Inputs, TaskData, input_tensors, size
+from weft.data.targets import known_labels
 
 _ROWS_AT_ONCE = 512
-# What cross-entropy ignores by default; only dense targets use it.
-_IGNORED = -100
 
 
 def check(data: TaskData) -> list[str]:
@@ -100,7 +99,7 @@ def _targets(name: str, targets: Tensor, classes: tuple[str, ...] | None) -> lis
     if classes is None:
         return []
     problems: list[str] = []
-    used = targets[targets != _IGNORED] if targets.ndim > 1 else targets.flatten()
+    used = known_labels(targets)
     outside = (used < 0) | (used >= len(classes))
     if outside.any():
         values = [str(v) for v in torch.unique(used[outside]).tolist()]

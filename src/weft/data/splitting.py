@@ -7,6 +7,7 @@ from torch import Tensor
 
 from weft.data.request import Request, listing
 from weft.data.sets import SPLITS, ArrayData, Inputs, TaskData, input_tensors
+from weft.data.targets import known_labels
 from weft.errors import DataError
 
 
@@ -94,7 +95,7 @@ def assemble(
     Args:
         request: what was asked for.
         inputs: all rows of all splits.
-        targets: as many targets; class indices lie in 0..len(classes)-1.
+        targets: as many targets; class indices lie in 0..len(classes)-1 where they are known.
         rows: row numbers by split name.
         classes: the class names, None for numeric targets.
 
@@ -107,10 +108,11 @@ def assemble(
     if not len(targets):
         raise request.error("found no samples; expected at least one. Give data that has rows.")
     if classes is not None:
-        outside = (targets < 0) | (targets >= len(classes))
-        if outside.any():
+        labels = known_labels(targets)
+        outside = labels[(labels < 0) | (labels >= len(classes))]
+        if len(outside):
             raise request.error(
-                f"found label {int(targets[outside].flatten()[0])} ({int(outside.sum())} such "
+                f"found label {int(outside[0])} ({len(outside)} such "
                 f"labels); expected 0..{len(classes) - 1}, for {len(classes)} class names "
                 f"({listing(classes, 5)}). Correct the labels or name every class."
             )

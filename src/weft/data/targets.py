@@ -12,6 +12,7 @@ from torch import Tensor
 from weft.data.request import Request
 
 KINDS = ("classes", "number")
+IGNORED, VOID = -100, 255
 
 
 def read_targets(
@@ -20,8 +21,9 @@ def read_targets(
     """Turn an array of targets into class indices or numbers.
 
     Texts are classes in sorted order. Whole numbers are class indices as they stand, except an
-    N x K array, which is K targets a row (numbers, or 0/1 for several labels at once). Floats are
-    numbers. The option ``kind=classes`` or ``kind=number`` overrides this.
+    N x K array, which is K targets a row (numbers, or 0/1 for several labels at once). In maps of
+    classes (N x H x W) 255 is the usual mark of unknown pixels and no class, unless larger values
+    occur. Floats are numbers. The option ``kind=classes`` or ``kind=number`` overrides this.
 
     Args:
         request: holds the option ``kind``.
@@ -58,5 +60,25 @@ def read_targets(
             f"{name} holds {int(codes.min())}; expected class indices >= 0. Number the classes "
             "from 0, or say kind=number for a regression target."
         )
-    count = int(codes.max()) + 1 if codes.size else 0
-    return torch.from_numpy(codes), tuple(str(label) for label in range(count))
+    targets = torch.from_numpy(codes)
+    known = known_labels(targets)
+    count = int(known.max()) + 1 if len(known) else 0
+    return targets, tuple(str(label) for label in range(count))
+
+
+def known_labels(targets: Tensor) -> Tensor:
+    """The labels that mean a class, in one row.
+
+    Args:
+        targets: N ... class indices. In N x T and N x H x W, -100 marks what is unknown, as in
+            cross-entropy; in maps 255 does, too, unless larger values occur.
+
+    Returns:
+        The labels without these.
+    """
+    labels = targets.flatten()
+    if targets.ndim > 1:
+        labels = labels[labels != IGNORED]
+    if targets.ndim > 2 and len(labels) and int(labels.max()) == VOID:
+        labels = labels[labels != VOID]
+    return labels

@@ -153,8 +153,8 @@ class Augmentation:
     """Random changes to training images, drawn from torch's global generator.
 
     They run in this order on the images as stored, before preprocessing. With dense targets
-    (N x H x W) only ``flip``, ``brightness`` and ``contrast`` are possible; a flip turns the
-    targets too.
+    (N x H x W, N x C x H x W) only ``flip``, ``brightness`` and ``contrast`` are possible; a flip
+    turns the targets too.
 
     Args:
         flip: mirror each image left to right with probability one half.
@@ -163,6 +163,8 @@ class Augmentation:
             0 < min_area <= 1; 1 leaves images alone.
         brightness: multiply pixels by a factor from 1 +- this, 0..1.
         contrast: multiply the distance from each image's mean by a factor from 1 +- this, 0..1.
+        normals: whether dense targets are surface normals, N x 3 x H x W, whose first component
+            points to the right: a flip turns it round (-x, or 255 - x in pictures of 0..255).
 
     Raises:
         DataError: a value is out of range.
@@ -173,6 +175,7 @@ class Augmentation:
     min_area: float = 1.0
     brightness: float = 0.0
     contrast: float = 0.0
+    normals: bool = False
 
     def __post_init__(self) -> None:
         shares = {"brightness": self.brightness, "contrast": self.contrast}
@@ -211,7 +214,8 @@ class Augmentation:
             images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
             if dense:
                 shape = (-1, *[1] * (targets.ndim - 1))
-                targets = torch.where(mirrored.view(shape), targets.flip(-1), targets)
+                turned = _mirrored_normals(targets) if self.normals else targets
+                targets = torch.where(mirrored.view(shape), turned.flip(-1), targets)
         if self.crop_padding:
             images = _shift(images, self.crop_padding)
         if self.min_area < 1:
@@ -219,6 +223,16 @@ class Augmentation:
         if self.brightness or self.contrast:
             images = _relight(images, self.brightness, self.contrast)
         return images, targets
+
+
+def _mirrored_normals(targets: Tensor) -> Tensor:
+    if targets.ndim != 4 or targets.shape[1] != 3:
+        raise DataError(
+            f"Augmentation(normals=True) found targets of shape {tuple(targets.shape)}; expected "
+            "surface normals, N x 3 x H x W."
+        )
+    right, rest = targets[:, :1], targets[:, 1:]
+    return torch.cat([-right if targets.is_floating_point() else 255 - right, rest], dim=1)
 
 
 def _shift(images: Tensor, padding: int) -> Tensor:

@@ -7,6 +7,7 @@ Multi-Task Learning", 2023, https://arxiv.org/abs/2305.17305.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, Literal
 
 from torch import nn
@@ -166,7 +167,7 @@ def _targets(target: float | Sequence[float], found: dict[str, ResidualBlock]) -
         PlanError: not one number per block, or none that a gate could meet.
     """
     count = len(found)
-    if isinstance(target, (int, float)):
+    if isinstance(target, (float, Real)):
         chosen = [1.0] * (count // 2) + [float(target)] * (count - count // 2)
     else:
         chosen = [float(t) for t in target]

@@ -108,9 +108,15 @@ def _named(base: nn.Module, patterns: Sequence[str]) -> list[Site]:
                 f"hard_sharing(own=[...]): no module is called '{pattern}'."
                 + close_matches(pattern, names)
             )
-        chosen |= found
-    inside = tuple(f"{name}." for name in chosen)
-    return [s for s in sites(base) if s.name in chosen or s.name.startswith(inside)]
+        inside = tuple(f"{name}." for name in found)
+        owned = [s for s in sites(base) if s.name in found or s.name.startswith(inside)]
+        if not owned:
+            raise PlanError(
+                f"hard_sharing(own=[...]): '{pattern}' matches {', '.join(sorted(found)[:3])}, "
+                "with no tensors to own. Name modules that have some."
+            )
+        chosen |= {site.name for site in owned}
+    return [s for s in sites(base) if s.name in chosen]
 
 
 def _units(base: nn.Module) -> list[list[Site]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -37,6 +37,11 @@ def find_blocks(
     Raises:
         PlanError: there are none, or what was given does not tell.
     """
+    if isinstance(blocks, str):
+        raise PlanError(
+            f"{method}(blocks=...) is names of blocks, or {{block: shortcut}}, found {blocks!r}. "
+            f"One block is a list, too: blocks=[{blocks!r}]."
+        )
     if example is not None:
         found = residual_blocks(base, example, blocks)
     elif isinstance(blocks, Mapping):
@@ -111,7 +116,8 @@ class PolicyOptions:
             raise PlanError(f"{method}(curriculum=...) is in [0, 1], found {self.curriculum}.")
         if not 0.0 < self.policy_data < 1.0:
             raise PlanError(f"{method}(policy_data=...) is in (0, 1), found {self.policy_data}.")
-        if len(self.temperature) != 2 or not min(self.temperature) > 0.0:
+        pair = isinstance(self.temperature, Sequence) and len(self.temperature) == 2
+        if not pair or not min(self.temperature) > 0.0:
             raise PlanError(
                 f"{method}(temperature=...) is two numbers > 0, for the first and the last epoch "
                 f"of policy learning; found {self.temperature}."

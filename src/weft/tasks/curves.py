@@ -7,7 +7,6 @@ from itertools import combinations
 from typing import Literal, final
 
 import torch
-import torch.nn.functional as F
 import torchmetrics
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc
@@ -69,9 +68,12 @@ def area(scores: Tensor, positive: Tensor) -> Tensor:
     """
     if positive.all() or not positive.any():
         return torch.tensor(float("nan"), dtype=scores.dtype)
+    if scores.isnan().any():
+        return scores.new_tensor(float("nan"))
     # torchmetrics takes a sigmoid of whatever is not in [0, 1], which rounds large logits to one.
-    # This map into (0, 1) keeps their order.
-    return binary_auroc(0.5 + 0.5 * F.softsign(scores), positive.long(), validate_args=False)
+    # Ranks in [0, 1] keep the order of any numbers.
+    ranks = scores.unique(return_inverse=True)[1].double()
+    return binary_auroc(ranks / len(ranks), positive.long(), validate_args=False)
 
 
 def label_areas(logits: Tensor, target: Tensor) -> Tensor:

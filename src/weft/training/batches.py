@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import Any, final
 
@@ -116,6 +117,25 @@ class ManyTargets:
         if how not in self._changed:
             self._changed[how] = ManyTargets(change(self.loader), self.tasks)
         return self._changed[how]
+
+
+class Changed(ABC):
+    """The batches of another loader, each changed."""
+
+    @property
+    @abstractmethod
+    def loader(self) -> Loader:
+        """The loader that is read."""
+
+    @abstractmethod
+    def over(self, loader: Loader) -> Loader:
+        """The same change to the batches of another loader."""
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[Any]: ...
+
+    def __len__(self) -> int:
+        return len(self.loader)  # type: ignore[arg-type]
 
 
 @final

@@ -63,7 +63,8 @@ def fit(
     trains shared tensors, or clips gradients, or modules draw random numbers (dropout), each task
     gets what it would get alone in as many steps. Under torchrun each process takes its share of
     the rows of every batch, so several processes do what one would do, but for batch normalisation,
-    which sees a share at a time.
+    which sees a share at a time, and for losses that are means over a varying number of known
+    targets (pixels, labels), which are means over each share.
 
     The model's mode and the caller's random numbers are as before afterwards.
 
@@ -89,7 +90,8 @@ def fit(
         steps: batches per epoch, if loaders have no length or to cut epochs.
         weights: by task, a factor on its loss.
         keep: the state to end with: "best" on validation, or "last". Tasks without validation data
-            keep the last. Tasks that train shared tensors keep the epoch with the best mean score.
+            keep the last. Tasks that train shared tensors keep the epoch with the best mean score,
+            a geometric mean where their metrics differ.
         patience: stop after so many epochs without a better validation score of any task. A phase
             that is cut short runs no transition.
         seed: of every epoch's random numbers; the same seed gives the same run.
@@ -112,7 +114,8 @@ def fit(
         TaskError: an unknown task, or a loss or metric that is not one number.
         DataError: empty or unusable data.
         ConfigError: an option that cannot work.
-        PlanError: a subset of tasks whose plan trains shared tensors.
+        PlanError: a subset of tasks whose plan trains shared tensors, or one task at a time for a
+            plan that cannot.
         TrainingError: a loss that is not finite, too few epochs for the plan's phases, a checkpoint
             of another run, or a file that cannot be written.
         Whatever ends a run early, ctrl-C included, the model is at its last complete epoch then,
@@ -136,7 +139,7 @@ def fit(
         weights=dict(weights or {}),
     )
     data = data_by_task(data, model.task_names)
-    tasks = _checked_tasks(model, data, subset=subset)
+    tasks = _checked_tasks(model, data, subset=subset, one_at_a_time=one_at_a_time)
     settings.check(tasks)
     train, validation = _checked_data(data, exact=checkpoint is not None)
     if patience is not None and not validation:
@@ -190,7 +193,7 @@ def fit(
 
 
 def _checked_tasks(
-    model: MultiTaskModel, data: Mapping[str, TaskData], *, subset: bool
+    model: MultiTaskModel, data: Mapping[str, TaskData], *, subset: bool, one_at_a_time: bool
 ) -> tuple[str, ...]:
     tasks = tuple(data)
     if not tasks:
@@ -205,6 +208,12 @@ def _checked_tasks(
             f"{', '.join(tasks)} would change {', '.join(left_out)}. Give data for all of them, "
             "or say subset=True."
         )
+    for plan in plans if one_at_a_time else []:
+        if any(penalty.needs_records for penalty in plan.penalties):
+            raise PlanError(
+                f"'{plan.method}' charges all tasks of a step together for what their forwards "
+                "record. Leave out fit(one_at_a_time=True)."
+            )
     return tasks
 
 

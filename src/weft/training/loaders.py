@@ -22,7 +22,7 @@ from torch.utils.data import (
 
 from weft.errors import DataError
 
-from .batches import Loader, ManyTargets, TargetsOf, TaskData
+from .batches import Changed, Loader, ManyTargets, TargetsOf, TaskData
 
 
 def data_by_task(
@@ -142,8 +142,10 @@ def steps_in(loader: Loader, task: str) -> int:
 
 
 def _read(loader: Loader) -> Loader:
-    """What is read for a loader: that of several tasks for one task's part in it."""
-    return loader.many.loader if isinstance(loader, TargetsOf) else loader
+    """What is read for a loader, inside of what only changes its batches."""
+    if isinstance(loader, TargetsOf):
+        return _read(loader.many.loader)
+    return _read(loader.loader) if isinstance(loader, Changed) else loader
 
 
 def _length(loader: Loader) -> int | None:
@@ -175,6 +177,8 @@ def slice_loader(loader: Loader, part: tuple[float, float], seed: int, task: str
             ("part", part, seed), lambda batches: slice_loader(batches, part, seed, task)
         )
         return TargetsOf(many, loader.task)
+    if isinstance(loader, Changed):
+        return loader.over(slice_loader(loader.loader, part, seed, task))
     if (
         not isinstance(loader, DataLoader)
         or isinstance(loader.dataset, IterableDataset)
@@ -247,6 +251,8 @@ def share_of_process(loader: Loader, index: int, count: int, task: str) -> Loade
             ("share", index, count), lambda batches: share_of_process(batches, index, count, task)
         )
         return TargetsOf(many, loader.task)
+    if isinstance(loader, Changed):
+        return loader.over(share_of_process(loader.loader, index, count, task))
     rows = _rows_in_batch(loader)
     if not isinstance(loader, DataLoader) or rows is None or rows % count:
         found = type(loader).__name__
