@@ -25,18 +25,11 @@ SLOT = ":"
 """Separates a site from what is attached there, in keys of own and adapter tensors."""
 
 
-class Inserted(nn.Module):
-    """A site of a structure with an adapter around it; other attributes are the site's."""
+class Passage:
+    """What happens at one site in one forward; a plain object, since modules are slow to write."""
 
-    def __init__(self, site: str, inner: nn.Module, adapter: Adapter) -> None:
-        super().__init__()
-        self.site = site
-        self.inner = inner
-        self.adapter = adapter
+    def __init__(self) -> None:
         self.begin(Call())
-        # Fused blocks (nn.TransformerEncoderLayer) read their children's weights instead of calling
-        # them, unless a child has a hook.
-        self.register_forward_hook(_keeps_fused_paths_away)
 
     def begin(self, call: Call) -> None:
         """Get ready for one forward."""
@@ -49,25 +42,43 @@ class Inserted(nn.Module):
         """Whether the parent read the site's tensors in this forward and never called it."""
         return self.read and not self.reached
 
+
+class Inserted(nn.Module):
+    """A site of a structure with an adapter around it; other attributes are the site's."""
+
+    def __init__(self, site: str, inner: nn.Module, adapter: Adapter) -> None:
+        super().__init__()
+        self.site = site
+        self.inner = inner
+        self.adapter = adapter
+        self.passage = Passage()
+        self._inline = isinstance(adapter, InlineAdapter)
+
     def __getattr__(self, name: str) -> Any:
         # Parents read attributes of their children (a stride, a weight's dtype): show the site's.
         try:
             return super().__getattr__(name)
         except AttributeError:
             value = getattr(super().__getattr__("inner"), name)
-        if isinstance(value, Tensor) and not self.read:
-            self.read = True
+        if isinstance(value, Tensor) and not self.passage.read:
+            self.passage.read = True
         return value
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.reached:
-            self.reached = True
-        if isinstance(self.adapter, InlineAdapter):
-            inner = (lambda *a: self.inner(*a, **kwargs)) if kwargs else self.inner
-            return self.adapter(self.call, self.site, inner, *args)
-        output = self.inner(*args, **kwargs)
-        self.call.records.setdefault(self.site, {})["feature"] = self.adapter(output)
+        passage = self.passage
+        if not passage.reached:
+            passage.reached = True
+        modules: Any = self._modules  # directly: modules are slow to read from, too
+        site, adapter = modules["inner"], modules["adapter"]
+        if self._inline:
+            inner = (lambda *a: site(*a, **kwargs)) if kwargs else site
+            return adapter(passage.call, self.site, inner, *args)
+        output = site(*args, **kwargs)
+        passage.call.records.setdefault(self.site, {})["feature"] = adapter(output)
         return output
+
+
+_FUSED = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
 
 
 def _keeps_fused_paths_away(module: nn.Module, args: Any, output: Any) -> None:
@@ -136,6 +147,9 @@ class Structure:
         inner = self._modules[site]
         inserted = Inserted(site, inner, insertion.build(inner))
         replace_child(self._modules.values(), inner, inserted)
+        if any(isinstance(module, _FUSED) for module in self._modules.values()):
+            # They read their children's weights instead of calling them, unless a child has a hook.
+            inserted.register_forward_hook(_keeps_fused_paths_away)
         for name, table, attribute in tensor_slots(inserted.adapter):
             self._slots.append((f"{site}{SLOT}{name}", table, attribute))
         self.inserted[site] = inserted
@@ -209,7 +223,7 @@ class Structure:
     def begin(self, call: Call) -> None:
         """Give the adapters this forward's records and context."""
         for inserted in self.inserted.values():
-            inserted.begin(call)
+            inserted.passage.begin(call)
 
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], call: Call) -> Any:
         """One forward of the bound structure; waits in the graph of the outputs for its backward.
@@ -242,7 +256,7 @@ class Structure:
 
     def _check_reached(self) -> None:
         for site, inserted in self.inserted.items():
-            if inserted.bypassed:
+            if inserted.passage.bypassed:
                 raise PlanError(
                     f"The adapter at '{site}' has no effect: its parent uses the module's tensors "
                     "without calling it. Leave this site out, or patch its tensors instead."
