@@ -22,7 +22,7 @@ from mobilenet import WEIGHTS_FILE, mobilenet_v2_035
 from torch import nn
 
 import weft
-from weft.data import Augmentation, Preprocessing, load, loader
+from weft.data import Augmentation, Loader, Preprocessing, TaskData, load, loader
 
 HERE = Path(__file__).parent
 
@@ -37,6 +37,18 @@ def make_base(name: str, data: Path) -> tuple[nn.Module, Preprocessing, int]:
     return base, Preprocessing.imagenet(), 32
 
 
+def make_loaders(
+    task: str, sets: TaskData, scale: Preprocessing, side: int, batch: int
+) -> tuple[Loader, Loader, Loader]:
+    """Training, validation and test batches."""
+    # Traffic signs that point left are other signs than those that point right.
+    crop = Augmentation(flip=task != "gtsrb", crop_padding=side // 12)
+    train = loader(sets.train, batch, train=True, augmentation=crop, preprocessing=scale)
+    val = loader(sets.val, 256, train=False, preprocessing=scale)
+    test = loader(sets.test, 256, train=False, preprocessing=scale)
+    return train, val, test
+
+
 def run_cell(config: dict[str, Any], data: Path, task: str, cell: str, seed: int) -> dict[str, Any]:
     """Train and score one cell."""
     settings = config["cells"][cell]
@@ -44,12 +56,7 @@ def run_cell(config: dict[str, Any], data: Path, task: str, cell: str, seed: int
     torch.manual_seed(seed)
     base, scale, side = make_base(config["bases"].get(task, "mobilenet_v2_035"), data)
     sets = load(f"npz:{data / (task + '.npz')}")
-    # Traffic signs that point left are other signs than those that point right.
-    crop = Augmentation(flip=task != "gtsrb", crop_padding=side // 12)
-    batch = config["batch_size"]
-    train = loader(sets.train, batch, train=True, augmentation=crop, preprocessing=scale)
-    val = loader(sets.val, 256, train=False, preprocessing=scale)
-    test = loader(sets.test, 256, train=False, preprocessing=scale)
+    train, val, test = make_loaders(task, sets, scale, side, config["batch_size"])
     plan = weft.method(settings["method"], base, **settings.get("options", {}))
     model = weft.MultiTaskModel(base, plan, example=torch.zeros(1, 3, side, side))
     model.add_task(task, weft.Classification(sets.classes, head_init="zero"))
