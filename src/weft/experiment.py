@@ -5,15 +5,10 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import nn
 
 from .assembly import (
@@ -23,78 +18,17 @@ from .assembly import (
     make_loaders,
     make_model,
     make_plan,
-    make_task,
-    needs_example,
     read_data,
     read_task,
 )
 from .bank import Bank
-from .config import Experiment, MethodSection
-from .core.ledger import Ledger
+from .config import Experiment
 from .core.model import MultiTaskModel
-from .core.sites import named_tensors
-from .data import Loader, Preprocessing, TaskData
-from .errors import ConfigError, DataError, WeftError, close_matches
-from .joint import pretrain
+from .data import Loader
+from .errors import ConfigError, DataError, close_matches
+from .pretraining import pretrained_base, trained_base
 from .reporting import report
-from .tasks import task_from_spec
 from .training import evaluate, fit
-from .training.files import write_whole
-
-Loaders = Mapping[str, Mapping[str, Loader]]
-"""By task and split."""
-
-
-@dataclass(frozen=True)
-class PlannedTask:
-    """What a task would own, before any training.
-
-    Args:
-        name: the task.
-        method: its plan's method.
-        ledger: what it would own at the start; gates that close later own less.
-        own: by tensor, the own elements.
-        refused: sites that the method leaves out, with the reason.
-        problem: why the method cannot be used on this base, or "".
-    """
-
-    name: str
-    method: str
-    ledger: Ledger | None
-    own: Mapping[str, int]
-    refused: Mapping[str, str]
-    problem: str = ""
-
-
-def dry_run(experiment: Experiment) -> list[PlannedTask]:
-    """What every task would own: each tensor hit, its size, and each refusal with its reason."""
-    base, stated = load_experiment_base(experiment)
-    example = None
-    if any(map(needs_example, _methods(experiment))):
-        first = next(iter(experiment.tasks))
-        loaders = make_loaders(experiment, first, read_task(experiment, first), stated)
-        example = first_rows({first: loaders})
-    planned = []
-    for name, section in experiment.tasks.items():
-        chosen = section.method or experiment.method
-        try:
-            common = make_plan(experiment.method, base, example)
-            model = MultiTaskModel(base, common)
-            apart = section.method
-            sharing = common if apart is None else make_plan(apart, base, example)
-            model.add_task(name, task_from_spec({"kind": "regression"}), sharing=sharing)
-        except WeftError as error:
-            planned.append(PlannedTask(name, chosen.name, None, {}, {}, str(error)))
-            continue
-        ledger = model.ledger(name)
-        own = {row.tensor: row.own for row in ledger.rows if row.own}
-        planned.append(PlannedTask(name, chosen.name, ledger, own, sharing.refused))
-    return planned
-
-
-def _methods(experiment: Experiment) -> list[MethodSection]:
-    own = [section.method for section in experiment.tasks.values() if section.method is not None]
-    return [experiment.method, *own]
 
 
 def train(experiment: Experiment, *, progress: bool = True) -> dict[str, dict[str, Any]]:
@@ -120,7 +54,7 @@ def train(experiment: Experiment, *, progress: bool = True) -> dict[str, dict[st
     every = {name: make_loaders(experiment, name, data, stated) for name, data in sets.items()}
     example = first_rows(every)
     if experiment.pretrain is not None:
-        base = _pretrained(experiment, base, sets, every, example, progress=progress)
+        base = pretrained_base(experiment, base, sets, every, example, progress=progress)
     bank = Bank(folder.bank)
     if len(bank):
         bank.load(base, bank.tasks()[0])  # refuses another base before any work is done
@@ -152,88 +86,6 @@ def train(experiment: Experiment, *, progress: bool = True) -> dict[str, dict[st
     report(bank, folder.report)
     (folder.root / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     return results
-
-
-def trained_base(experiment: Experiment) -> tuple[nn.Module, Preprocessing | None]:
-    """The base that an experiment's tasks stand on, and how its pixels are scaled.
-
-    Raises:
-        ConfigError: it was to be trained first and has not been, or by another configuration.
-    """
-    base, stated = load_experiment_base(experiment)
-    if experiment.pretrain is not None:
-        file = Folder(Path(experiment.output)).base
-        if not file.is_file():
-            raise ConfigError(f"The base is not trained yet: there is no {file}. Run weft train.")
-        _fill(base, file, _pretraining(experiment))
-    return base, stated
-
-
-def _pretrained(
-    experiment: Experiment,
-    base: nn.Module,
-    sets: Mapping[str, TaskData],
-    loaders: Loaders,
-    example: Any,
-    *,
-    progress: bool,
-) -> nn.Module:
-    """The base trained on all tasks together, from its file if it has been trained already."""
-    folder = Folder(Path(experiment.output))
-    made_by = _pretraining(experiment)
-    if folder.base.is_file():
-        _fill(base, folder.base, made_by)
-        return base
-    assert experiment.pretrain is not None
-    training = partial(
-        fit,
-        **experiment.pretrain.model_dump(),
-        seed=experiment.seed,
-        checkpoint=folder.base.with_name("checkpoint"),
-        log=folder.base.with_name("history.jsonl"),
-        progress=progress,
-    )
-    torch.manual_seed(experiment.seed)
-    trained = pretrain(
-        base,
-        {name: make_task(name, experiment.tasks[name], data) for name, data in sets.items()},
-        {name: (splits["train"], splits.get("val")) for name, splits in loaders.items()},
-        training=training,
-        example=example,
-        output=experiment.base.output,
-    )
-    tensors = {name: t.detach().contiguous() for name, t in named_tensors(trained)}
-    write_whole(folder.base, save(tensors, {"experiment": made_by}))
-    return trained
-
-
-def _pretraining(experiment: Experiment) -> str:
-    """What decides the weights of a base that is trained first, as text."""
-    parts = experiment.model_dump(mode="json", include={"base", "data", "pretrain", "seed"})
-    tasks = {n: s.model_dump(mode="json", exclude={"method"}) for n, s in experiment.tasks.items()}
-    return json.dumps({**parts, "tasks": tasks}, sort_keys=True)
-
-
-@torch.no_grad()
-def _fill(base: nn.Module, file: Path, made_by: str) -> None:
-    """Load a trained base's weights.
-
-    Raises:
-        ConfigError: they were trained by another configuration, or are damaged.
-    """
-    try:
-        with safe_open(file, "pt") as stored:
-            was = (stored.metadata() or {}).get("experiment")
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-    except Exception as error:  # what a damaged file raises depends on its bytes
-        raise ConfigError(f"{file} cannot be read: {error}. Remove it to train anew.") from error
-    if was != made_by:
-        raise ConfigError(
-            f"{file} was trained by another configuration of base, data, tasks, pretrain or seed. "
-            "Use another output, or remove it to train anew."
-        )
-    for name, tensor in named_tensors(base):
-        tensor.copy_(tensors[name])
 
 
 def _resolved(experiment: Experiment, name: str) -> dict[str, Any]:

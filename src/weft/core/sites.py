@@ -133,6 +133,11 @@ def _leave_as_they_are() -> None:
     pass
 
 
+def is_fused(module: nn.Module) -> bool:
+    """Whether a module may read its children's weights instead of calling them."""
+    return isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer))
+
+
 def sites(base: nn.Module) -> list[Site]:
     """All modules that hold tensors of their own, in order of registration."""
     canonical = canonical_names(base)

@@ -19,7 +19,14 @@ from weft.errors import LeaseError, PlanError, close_matches
 
 from .adapter import Adapter, Call, InlineAdapter, Insertion, Records, SideAdapter
 from .pending import Pending
-from .sites import Slot, keep_weights_apart, named_tensors, statistics_modules, tensor_slots
+from .sites import (
+    Slot,
+    is_fused,
+    keep_weights_apart,
+    named_tensors,
+    statistics_modules,
+    tensor_slots,
+)
 
 SLOT = ":"
 """Separates a site from what is attached there, in keys of own and adapter tensors."""
@@ -76,9 +83,6 @@ class Inserted(nn.Module):
         output = site(*args, **kwargs)
         passage.call.records.setdefault(self.site, {})["feature"] = adapter(output)
         return output
-
-
-_FUSED = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
 
 
 def _keeps_fused_paths_away(module: nn.Module, args: Any, output: Any) -> None:
@@ -147,7 +151,7 @@ class Structure:
         inner = self._modules[site]
         inserted = Inserted(site, inner, insertion.build(inner))
         replace_child(self._modules.values(), inner, inserted)
-        if any(isinstance(module, _FUSED) for module in self._modules.values()):
+        if any(map(is_fused, self._modules.values())):
             # They read their children's weights instead of calling them, unless a child has a hook.
             inserted.register_forward_hook(_keeps_fused_paths_away)
         for name, table, attribute in tensor_slots(inserted.adapter):

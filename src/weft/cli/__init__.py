@@ -1,0 +1,114 @@
+"""The command line: verbs over the public API."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from weft.bank import Bank
+from weft.demo import run_demo
+from weft.doctor import examine
+from weft.errors import WeftError
+from weft.registry import METHODS, options_of
+from weft.reporting import report as write_report
+
+from .banks import bank_app
+from .experiments import eval_command, fold, train_command
+from .output import AsJson, BankPath, out, plain, print_json
+
+app = typer.Typer(
+    help="One base network, many tasks: learn what each task owns and what it shares.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+def main() -> None:
+    """Run a verb; errors of weft are one message."""
+    try:
+        app(standalone_mode=True)
+    except WeftError as error:
+        Console(stderr=True).print(f"[red]error:[/red] {plain(str(error))}", highlight=False)
+        sys.exit(2)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for bank, figure and report.")] = Path(
+        "demo-out"
+    ),
+    epochs: Annotated[int, typer.Option(min=6, help="Epochs per task and method.")] = 8,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Train five methods on four digit tasks, store them, and write a report (about a minute)."""
+    run_demo(output, epochs=epochs, seed=seed, console=out)
+
+
+@app.command()
+def report(
+    bank: BankPath,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file.")] = Path(
+        "report.html"
+    ),
+    figures: Annotated[
+        Path | None, typer.Option(help="Also write the figures into this folder.")
+    ] = None,
+) -> None:
+    """Write the report of a bank: what each task owns, shares and costs."""
+    page = write_report(Bank(bank, create=False), output, figures=figures)
+    out.print(f"Wrote {plain(str(page))}.")
+
+
+@app.command()
+def methods(as_json: AsJson = False) -> None:
+    """List the methods with their options."""
+    rows = [
+        {
+            "name": name,
+            "summary": entry.summary,
+            "options": options_of(name),
+            "exceptions": {law.name.lower(): why for law, why in entry.exceptions.items()},
+        }
+        for name, entry in METHODS.items()
+    ]
+    if as_json:
+        print_json(rows)
+        return
+    table = Table("method", "what a task owns", "options")
+    for row in rows:
+        options: Any = row["options"]
+        table.add_row(
+            str(row["name"]),
+            str(row["summary"]),
+            "\n".join(f"{k}={v!r}" for k, v in options.items()),
+        )
+    out.print(table)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Say what is installed and check that weft works here."""
+    findings = examine()
+    if as_json:
+        print_json(findings)
+    else:
+        table = Table("what", "found", show_header=False)
+        for key, value in findings.items():
+            table.add_row(key, plain(str(value)))
+        out.print(table)
+    if not findings["self-check"].startswith("ok"):
+        raise typer.Exit(1)
+
+
+app.command("train")(train_command)
+app.command("eval")(eval_command)
+app.command("fold")(fold)
+app.add_typer(bank_app, name="bank")
+
+__all__ = ["app", "main"]
