@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import weft
+from activations import saved_activations
 from weft.errors import ConfigError, PlanError
 from weft.joint import efficient_joint, pretrain
 from weft.training.history import Epoch
@@ -89,22 +90,6 @@ def test_tasks_go_to_the_bank_one_by_one(tmp_path: Path) -> None:
     assert loaded.eval()(x, task="t1").shape == (4, 3)
 
 
-class _Saved:
-    """A saved activation; counts how many bytes of them live at once."""
-
-    now = 0
-    peak = 0
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-        self.size = tensor.numel() * tensor.element_size()
-        _Saved.now += self.size
-        _Saved.peak = max(_Saved.peak, _Saved.now)
-
-    def __del__(self) -> None:
-        _Saved.now -= self.size
-
-
 def _peaks(count: int, folder: Path) -> tuple[int, int]:
     """Bytes of activations at once, and of tensors that a model holds beside heads."""
     held = 0
@@ -115,8 +100,7 @@ def _peaks(count: int, folder: Path) -> tuple[int, int]:
         tensors = [*epoch.model.parameters(), *epoch.model.buffers()]
         held = max(held, sum(t.nbytes for t in tensors if id(t) not in heads))
 
-    _Saved.now = _Saved.peak = 0
-    with torch.autograd.graph.saved_tensors_hooks(_Saved, lambda saved: saved.tensor):
+    with saved_activations() as saved:
         efficient_joint(
             net(),
             *setting(count),
@@ -124,7 +108,7 @@ def _peaks(count: int, folder: Path) -> tuple[int, int]:
             training=partial(FIVE, callbacks=[watch]),
             bank=weft.Bank(folder),
         )
-    return _Saved.peak, held
+    return saved.peak, held
 
 
 def test_memory_does_not_grow_with_the_number_of_tasks(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from training_nets import (
 )
 
 import weft
+from activations import saved_activations
 from weft.core.adapter import Records
 from weft.core.sharing import Penalty, Sharing
 from weft.errors import PlanError
@@ -52,31 +53,14 @@ def test_one_at_a_time_computes_the_same(plan_of) -> None:  # type: ignore[no-un
             assert a["penalty"] == pytest.approx(b["penalty"])
 
 
-class _Saved:
-    """A saved activation; counts how many bytes of them live at once."""
-
-    now = 0
-    peak = 0
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-        self.size = tensor.numel() * tensor.element_size()
-        _Saved.now += self.size
-        _Saved.peak = max(_Saved.peak, _Saved.now)
-
-    def __del__(self) -> None:
-        _Saved.now -= self.size
-
-
 def _peak(tasks: int, *, one_at_a_time: bool) -> int:
-    _Saved.now = _Saved.peak = 0
-    with torch.autograd.graph.saved_tensors_hooks(_Saved, lambda saved: saved.tensor):
+    with saved_activations() as saved:
         _fitted(
             lambda base: weft.hard_sharing(base, own="top", fraction=0.4),
             tasks,
             one_at_a_time=one_at_a_time,
         )
-    return _Saved.peak
+    return saved.peak
 
 
 def test_activations_do_not_grow_with_the_number_of_tasks() -> None:
@@ -100,5 +84,5 @@ def test_charges_for_records_need_all_tasks_at_once() -> None:
     def plan_of(base: nn.Module) -> Sharing:
         return Sharing("recording", patches=weft.bias_only(base).patches, penalties=(_Recorded(),))
 
-    with pytest.raises(PlanError, match="charges for what a forward records"):
+    with pytest.raises(PlanError, match="charges all tasks of a step together"):
         _fitted(plan_of, 2, one_at_a_time=True)

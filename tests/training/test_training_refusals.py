@@ -23,7 +23,6 @@ from training_nets import (
 )
 
 import weft
-from methods import residual_nets
 from weft.errors import ConfigError, DataError, PlanError, TaskError, TrainingError
 
 
@@ -235,15 +234,6 @@ def test_a_plan_that_trains_nothing_is_refused() -> None:
     for name in "ab":
         with pytest.raises(PlanError, match=f"Nothing trains for {name}.*no parameters that train"):
             weft.fit(model, {name: BATCHES}, epochs=1, progress=False)
-
-
-def test_one_task_at_a_time_is_refused_where_forwards_are_charged_together() -> None:
-    base = residual_nets.net()
-    plan = weft.dynashare(base, example=residual_nets.images(2))
-    model = weft.MultiTaskModel(base, plan)
-    model.add_task("a", weft.Classification(2))
-    with pytest.raises(PlanError, match="charges all tasks of a step together"):
-        weft.fit(model, {"a": BATCHES}, epochs=4, one_at_a_time=True, progress=False)
 
 
 # ------------------------------------------------------------------------------- other ways

@@ -7,7 +7,7 @@ whatever its class is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -185,7 +185,7 @@ def _shortcut(
     module: nn.Module, x: Tensor, others: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> str | None:
     """What goes around the branch: "" for the input, a child's name, or None for neither."""
-    zeros = {name: _zero(tensor) for name, tensor in _tensors(module)}
+    zeros = {name: _zero(tensor) for name, tensor in named_tensors(module)}
     given = x.clone()
     left = functional_call(module, zeros, (given, *others), dict(kwargs))
     if not torch.equal(given, x):
@@ -200,16 +200,11 @@ def _shortcut(
             continue
         if not _same(calls.args[0], x) or not layers - {name}:
             continue
-        kept = {key: tensor for key, tensor in _tensors(module) if key.startswith(f"{name}.")}
+        kept = {key: tensor for key, tensor in named_tensors(module) if key.startswith(f"{name}.")}
         left = functional_call(module, {**zeros, **kept}, (x.clone(), *others), dict(kwargs))
         if _is_sum_with_zero(left, child(x.clone())):
             return name
     return None
-
-
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters()
-    yield from module.named_buffers()
 
 
 def _zero(tensor: Tensor) -> Tensor:
@@ -232,7 +227,7 @@ def _same(found: Any, expected: Tensor) -> bool:
 def _channel_dim(module: nn.Module, x: Tensor) -> int:
     """Tokens and vectors have channels last, maps first, unless the block's tensors tell better."""
     usual, other = (-1, 1) if x.dim() <= 3 else (1, -1)
-    sizes = {size for _, tensor in _tensors(module) for size in tensor.shape}
+    sizes = {size for _, tensor in named_tensors(module) for size in tensor.shape}
     return other if x.shape[usual] not in sizes and x.shape[other] in sizes else usual
 
 

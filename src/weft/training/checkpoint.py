@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import io
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from weft.core.model import MultiTaskModel
 from weft.core.sites import named_tensors
@@ -39,18 +39,13 @@ def tasks_of(parts: Parts) -> list[str]:
     return [part.removeprefix("task:") for part in parts if part != SHARED]
 
 
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters()
-    yield from module.named_buffers()
-
-
 def _parts(model: MultiTaskModel, tasks: tuple[str, ...]) -> Parts:
     """The tensors themselves."""
-    parts = {part_of(task): dict(_tensors(model.tasks[task])) for task in tasks}
+    parts = {part_of(task): dict(named_tensors(model.tasks[task])) for task in tasks}
     if any(model.plan(task) is model.sharing for task in tasks) and model.sharing.trains_shared:
         names = model.sharing.train_shared
         base = {f"base.{n}": t for n, t in named_tensors(model.base) if n in names}
-        parts[SHARED] = {**base, **dict(_tensors(model.shared))}
+        parts[SHARED] = {**base, **dict(named_tensors(model.shared))}
     return parts
 
 
