@@ -27,14 +27,13 @@ Point = tuple[float, float]
 def points(results: Results, cells: tuple[str, ...], task: str) -> list[Point]:
     """Mean size and accuracy in % of each fixed penalty."""
     found = [results[cell, task] for cell in cells if results.get((cell, task))]
-    means = [
+    return [
         (
             statistics.mean(100 * r["own_fraction"] for r in rows),
             statistics.mean(100 * r["test"]["accuracy"] for r in rows),
         )
         for rows in found
     ]
-    return means
 
 
 def at(size: float, line: list[Point]) -> float:
