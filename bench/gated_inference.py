@@ -1,9 +1,10 @@
 """Instance-gated inference: does the time follow the share of blocks that run?
 
-A ResNet-34 whose 16 blocks all have a gate (`weft.dynashare`). Gates are computed as always; their
-decisions are then forced, so that a stated share of (row, block) pairs runs. The ideal is the
-time of the same network without gates, all blocks skipped, plus that share of the blocks' time;
-for one row, the time of a network that consists of the open blocks only.
+A ResNet-34 with gates (`weft.dynashare`) at the last 8 of its 16 blocks, which is the default, or
+at all 16, where little is left beside what gates cost. Gates are computed as always; their
+decisions are then forced, so that a stated share of (row, gated block) pairs runs. The ideal is the
+time of the same network without gates, all gated blocks skipped, plus that share of their time; for
+one row, the time of a network that consists of the open blocks only.
 
 Run with: python bench/gated_inference.py [rounds] [threads]
 """
@@ -24,12 +25,13 @@ from timing import machine, milliseconds, paired
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
-def gated_model(base: nn.Module, example: Tensor) -> weft.MultiTaskModel:
-    """One task that executes every block, each behind a gate, as after training."""
-    plan = weft.dynashare(base, example=example, target=(0.5,) * 16)
+def gated_model(base: nn.Module, example: Tensor, gated: int) -> weft.MultiTaskModel:
+    """One task that executes every block, the last ones behind gates, as after training."""
+    target = (1.0,) * (16 - gated) + (0.5,) * gated
+    plan = weft.dynashare(base, example=example, target=target)
     model = weft.MultiTaskModel(base, plan).eval()
     model.add_task("task", weft.Task(head=None, loss=nn.functional.mse_loss))
-    for block in plan.options["blocks"]:
+    for block in list(plan.options["blocks"])[16 - gated :]:
         model.tasks["task"].own[f"{block}:gated"].fill_(True)
     return model
 
@@ -72,28 +74,29 @@ def without_gates(
     """The network of the blocks that run for the first row: plain modules, nothing inserted."""
     model = weft.MultiTaskModel(base, weft.adashare(base, blocks=shortcuts)).eval()
     model.add_task("task", weft.Task(head=None, loss=nn.functional.mse_loss))
-    for block in shortcuts:
-        model.tasks["task"].own[f"{block}:execute"].fill_(bool(opened[block][0]))
+    for block, choice in opened.items():
+        model.tasks["task"].own[f"{block}:execute"].fill_(bool(choice[0]))
     return model.fold("task")
 
 
-def measure(rows: int, rounds: int, size: int = 224) -> None:
+def measure(gated: int, rows: int, rounds: int, size: int = 224) -> None:
     """Print a row per share."""
     base = ResNet34().eval()
     x = torch.randn(rows, 3, size, size)
-    model = gated_model(base, x[:1])
-    blocks = model.sharing.options["blocks"]
+    model = gated_model(base, x[:1], gated)
+    shortcuts = model.sharing.options["blocks"]
+    blocks = tuple(shortcuts)[16 - gated :]
 
-    print(f"{rows} row(s) of {size} x {size}; plain: the base, all blocks run")
+    print(f"{gated} of 16 blocks gated, {rows} row(s) of {size} x {size}; plain: the base")
     for share in SHARES:
-        opened = decisions(tuple(blocks), share, rows)
+        opened = decisions(blocks, share, rows)
         contestants: dict[str, nn.Module] = {
             "gated": forced(model, opened),
             "plain": base,
-            "none": without_gates(base, blocks, decisions(tuple(blocks), 0.0, rows)),
+            "none": without_gates(base, shortcuts, decisions(blocks, 0.0, rows)),
         }
         if rows == 1:
-            contestants["open"] = without_gates(base, blocks, opened)
+            contestants["open"] = without_gates(base, shortcuts, opened)
         with torch.inference_mode():
             seconds = paired({n: lambda m=m: m(x) for n, m in contestants.items()}, rounds)
         if rows == 1:
@@ -118,8 +121,9 @@ def main() -> None:
         torch.set_num_threads(int(sys.argv[2]))
     torch.manual_seed(0)
     print(machine())
-    measure(1, 3 * rounds)
-    measure(32, rounds)
+    for gated in (8, 16):
+        measure(gated, 1, 3 * rounds)
+        measure(gated, 32, rounds)
 
 
 if __name__ == "__main__":
