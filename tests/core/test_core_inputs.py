@@ -134,11 +134,18 @@ def test_a_base_that_writes_to_its_input_is_refused_where_tasks_share_one() -> N
     assert torch.equal(apart["a"], apart["b"])
     torch.testing.assert_close(model(x.clone(), task="b"), expected)
     torch.testing.assert_close(model(x.clone(), task=["a", "a", "b", "b"]), expected)
+    model.eval()
+    kept = x.clone()
+    assert torch.equal(model.predict_all(kept)["b"], expected)  # one pass computes both
+    with torch.no_grad():
+        model.tasks["a"].own["1.bias"].add_(1.0)
+    alone = {name: model(x.clone(), task=name) for name in "ab"}
+    found = model.predict_all(x.clone())
+    assert all(torch.equal(found[name], alone[name]) for name in "ab")
     with torch.inference_mode():
         # Inference tensors do not say when they are written to: each task gets a copy.
-        outputs = model.predict_all(x.clone())
-    assert torch.equal(outputs["a"], outputs["b"])
-    torch.testing.assert_close(outputs["b"], expected)
+        outputs = model.train().predict_all(x.clone())
+    assert all(torch.equal(outputs[name], alone[name]) for name in "ab")
 
 
 def test_a_base_that_cannot_be_copied_is_refused_with_a_way_out() -> None:

@@ -207,7 +207,10 @@ class MultiTaskModel(nn.Module):
             ``{task: output}``.
         """
         batch = call_arguments(inputs, kwargs)
-        return self._run(dict.fromkeys(self.tasks, batch), context)[0]
+        if self.training or torch.compiler.is_compiling():
+            return self._run(dict.fromkeys(self.tasks, batch), context)[0]
+        states = {name: self.tasks[name] for name in self.task_names}
+        return self._runner.run_all(states, batch, self._checked(context))
 
     def step(
         self,
@@ -356,12 +359,16 @@ class MultiTaskModel(nn.Module):
         self, parts: Mapping[str, Arguments], context: Mapping[str, Any] | None
     ) -> tuple[dict[str, Any], dict[str, Records]]:
         states = {name: self._state(name) for name in parts}
+        return self._runner.run(states, parts, self._checked(context), training=self.training)
+
+    @staticmethod
+    def _checked(context: Mapping[str, Any] | None) -> Mapping[str, Any]:
         if context is not None and not isinstance(context, Mapping):
             raise DataError(
                 f"context= is a mapping for adapters, found {type(context).__name__}. A base with "
                 "an input of that name gets it in a dict: model({'x': x, 'context': c}, task=...)."
             )
-        return self._runner.run(states, parts, context or {}, training=self.training)
+        return context or {}
 
     def _penalty(self, records: Mapping[str, Records], charge: Mapping[str, float]) -> Tensor:
         plans = {name: self._state(name).sharing for name in records}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ from .sharing import Sharing
 from .sites import tensor_slots
 from .state import TaskState, TensorTable
 from .structure import buffers_of
+from .together import Likeness, SharedInputs, bound_together, divided
+from .variants import TasksPartError, Together, Variants, all_values, value_for
 from .view import View
 
 Output = str | int | Callable[[Any], Tensor] | None
@@ -48,6 +50,8 @@ class Runner:
         self._pools: dict[tuple[tuple[str, Insertion], ...], Pool] = {}
         self._pool_of_plan: WeakKeyDictionary[Sharing, Pool] = WeakKeyDictionary()
         self._known_shapes: list[tuple[int, ...]] = []
+        self._likeness = Likeness()
+        self._wrapped: WeakSet[Pool] = WeakSet()
 
     # ---------------------------------------------------------------- tensors
 
@@ -106,16 +110,12 @@ class Runner:
         single = training and any(count_rows(*part) == 1 for part in parts.values())
         outputs: dict[str, Any] = {}
         records: dict[str, Records] = {}
-        parts, versions = _shared_inputs(parts)
+        shared = SharedInputs(parts.values())
         with self._statistics_kept_on_error(states.values() if single else ()):
             for name, state in states.items():
-                if any(tensor._version != version for tensor, version in versions):
-                    raise DataError(
-                        "The base writes to its input, so the next task would see other values. "
-                        "Let it begin with a copy (x = x.clone()), or run one task at a time."
-                    )
+                args, kwargs = shared.take(parts[name])
                 call = Call(context=context)
-                features, side = self._features(state, *parts[name], call, training=training)
+                features, side = self._features(state, args, kwargs, call, training=training)
                 state.build_head(features, self.reference())
                 if state.head is None:
                     outputs[name] = features
@@ -124,6 +124,90 @@ class Runner:
                     outputs[name] = state.head(*read)
                 records[name] = call.records
         return outputs, records
+
+    def run_all(
+        self, states: Mapping[str, TaskState], batch: Arguments, context: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Every task on the same input, in eval mode; what several of them share is computed once.
+
+        Args:
+            states: by name, the tasks.
+            batch: the inputs of the base.
+            context: handed to adapters.
+
+        Returns:
+            By name, the outputs.
+        """
+        pools: dict[Pool, list[str]] = {}
+        for name, state in states.items():
+            pools.setdefault(self._pool(state.sharing), []).append(name)
+        outputs: dict[str, Any] = {}
+        shared = SharedInputs([batch] * 2)
+        waiting = list(pools.values())
+        while waiting:
+            names = waiting.pop()
+            group = {name: states[name] for name in names}
+            try:
+                outputs |= self._together(group, batch, shared, context)
+            except TasksPartError as error:
+                parts = divided(range(len(names)), error.parts)
+                waiting += [[names[i] for i in part] for part in parts]
+        return {name: outputs[name] for name in states}
+
+    def _together(
+        self,
+        states: Mapping[str, TaskState],
+        batch: Arguments,
+        shared: SharedInputs,
+        context: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        """Tasks of one kind of structure on the same input, by one forward.
+
+        Raises:
+            TasksPartError: they have to run apart.
+        """
+        if len(states) == 1:
+            parts = dict.fromkeys(states, shared.take(batch))
+            return self.run(states, parts, context, training=False)[0]
+        pool = self._pool(next(iter(states.values())).sharing)
+        try:
+            return self._in_one_forward(pool, states, shared.take(batch), context)
+        except TasksPartError as error:
+            if not error.wrapped_helps:
+                raise
+        self._wrapped.add(pool)
+        return self._in_one_forward(pool, states, shared.take(batch), context)
+
+    def _in_one_forward(
+        self,
+        pool: Pool,
+        states: Mapping[str, TaskState],
+        batch: Arguments,
+        context: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        every = frozenset(range(len(states)))
+        args, kwargs = batch
+        if pool in self._wrapped:
+            args, kwargs = pytree.tree_map_only(Tensor, lambda t: Variants.of({every: t}), batch)
+        call, together = Call(context=context), Together()
+        tensors = bound_together([self.compose(s) for s in states.values()], self._likeness)
+        with pool.lease() as structure:
+            structure.set_mode(False, frozenset())
+            structure.bind(tensors)
+            with self._shapes_explained(*batch):
+                output = structure.run(args, kwargs, call, together)
+            with together:
+                features = select_output(output, self._output)
+                side = structure.taps(call.records)
+            if torch.is_grad_enabled():
+                structure.await_backward(all_values([features, side]))
+        outputs: dict[str, Any] = {}
+        for task, (name, state) in enumerate(states.items()):
+            mine, taps = value_for(task, (features, side))
+            state.build_head(mine, self.reference())
+            read = (mine, taps) if state.task.taps else (mine,)
+            outputs[name] = mine if state.head is None else state.head(*read)
+        return outputs
 
     def dry_run(self, state: TaskState, example: Any) -> None:
         """Build a task's head from one batch for the base."""
@@ -237,24 +321,6 @@ class Runner:
                     "the last incomplete one, or call model.eval()."
                 ) from error
             raise
-
-
-def _shared_inputs(
-    parts: Mapping[str, Arguments],
-) -> tuple[Mapping[str, Arguments], list[tuple[Tensor, int]]]:
-    """The inputs, and those tensors that several tasks get, with how often they were written to.
-
-    Inference tensors do not count that: the tasks get copies of them.
-    """
-    seen: dict[int, Tensor] = {}
-    shared: list[Tensor] = []
-    for part in parts.values():
-        mine = {id(t): t for t in pytree.tree_leaves(part) if isinstance(t, Tensor)}
-        shared += [tensor for key, tensor in mine.items() if key in seen]
-        seen |= mine
-    if any(tensor.is_inference() for tensor in shared):
-        return {n: pytree.tree_map_only(Tensor, torch.clone, p) for n, p in parts.items()}, []
-    return parts, [(tensor, tensor._version) for tensor in shared]
 
 
 def _per_row(shapes: list[tuple[int, ...]]) -> str:

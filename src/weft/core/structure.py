@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from .sites import (
     statistics_modules,
     tensor_slots,
 )
+from .variants import all_values
 
 SLOT = ":"
 """Separates a site from what is attached there, in keys of own and adapter tensors."""
@@ -229,8 +230,20 @@ class Structure:
         for inserted in self.inserted.values():
             inserted.passage.begin(call)
 
-    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], call: Call) -> Any:
+    def run(
+        self,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        call: Call,
+        context: AbstractContextManager[Any] | None = None,
+    ) -> Any:
         """One forward of the bound structure; waits in the graph of the outputs for its backward.
+
+        Args:
+            args: positional inputs of the base.
+            kwargs: keyword inputs of the base.
+            call: records and context for the adapters.
+            context: entered for the forward alone.
 
         Raises:
             LeaseError: another forward of this structure is running.
@@ -245,12 +258,13 @@ class Structure:
         try:
             self._guard_buffers()
             self.begin(call)
-            output = self.module(*args, **kwargs)
+            with context or nullcontext():
+                output = self.module(*args, **kwargs)
             self._check_reached()
         finally:
             self.running = False
         if torch.is_grad_enabled():
-            self.await_backward([output, call.records])
+            self.await_backward(all_values([output, call.records]))
         return output
 
     def await_backward(self, outputs: Any) -> None:
