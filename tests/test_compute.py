@@ -196,6 +196,22 @@ def test_counting_leaves_the_model_as_it_was() -> None:
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
 
+def test_inputs_that_are_no_tensors_are_left_out() -> None:
+    class Flagged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 4)
+
+        def forward(self, x: Tensor, flag: bool | None = None) -> Tensor:
+            return self.layer(x if flag is None else 2 * x)
+
+    base = Flagged()
+    model = weft.MultiTaskModel(base, weft.linear_probe(base))
+    model.add_task("a", weft.Task(head=None, loss=nn.functional.mse_loss))
+    for flag in (None, True):
+        assert weft.multiply_adds(model, {"x": torch.zeros(1, 6), "flag": flag}).common == 24
+
+
 def test_a_model_without_tasks_costs_nothing() -> None:
     base = net()
     found = weft.multiply_adds(weft.MultiTaskModel(base, weft.linear_probe(base)), X)

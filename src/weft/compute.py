@@ -68,7 +68,8 @@ def multiply_adds(model: MultiTaskModel, x: Any, *, tasks: Sequence[str] | None 
     # PyTorch leaves aside where an input requires a gradient.
     with torch.inference_mode(False):
         x = pytree.tree_map_only(Tensor, _differentiable, x)
-    stored = {_storage(t) for t in (*model.parameters(), *model.buffers(), *pytree.tree_leaves(x))}
+    inputs = [leaf for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor)]
+    stored = {_storage(t) for t in (*model.parameters(), *model.buffers(), *inputs)}
     found: dict[str, Counter[Hashable]] = {}
     with modes_kept(model), torch.inference_mode(False), torch.enable_grad():
         model.eval()

@@ -20,7 +20,7 @@ import weft
 from activations import saved_activations
 from weft.core.adapter import Records
 from weft.core.sharing import Penalty, Sharing
-from weft.errors import PlanError
+from weft.errors import DataError, PlanError
 
 DOUBLE = torch.float64
 
@@ -66,6 +66,23 @@ def _peak(tasks: int, *, one_at_a_time: bool) -> int:
 def test_activations_do_not_grow_with_the_number_of_tasks() -> None:
     assert _peak(2, one_at_a_time=True) == _peak(8, one_at_a_time=True)
     assert _peak(8, one_at_a_time=False) > 3 * _peak(2, one_at_a_time=False)
+
+
+def test_a_base_that_writes_to_its_input_is_refused_one_at_a_time_too() -> None:
+    base = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(5, 4))
+    model = weft.MultiTaskModel(base, weft.full_finetune(base), example=torch.zeros(1, 5))
+    for name in "ab":
+        model.add_task(name, weft.Classification(3))
+    x, y = torch.randn(8, 5), torch.randint(3, (8,))
+    for one_at_a_time in (False, True):
+        with pytest.raises(DataError, match="The base writes to its input"):
+            weft.fit(
+                model,
+                [(x.clone(), {"a": y, "b": y})],
+                epochs=1,
+                one_at_a_time=one_at_a_time,
+                progress=False,
+            )
 
 
 class _Recorded(Penalty):

@@ -285,3 +285,31 @@ def test_data_that_cannot_be_repeated_is_refused_with_a_checkpoint(tmp_path: Pat
     loader = DataLoader(vectors(16, 3, 1), 8, num_workers=1, persistent_workers=True)
     with pytest.raises(DataError, match="persistent_workers=False"):
         weft.fit(model, {"a": loader}, checkpoint=tmp_path, progress=False)
+
+
+def test_workers_that_persist_are_refused_for_two_tasks() -> None:
+    base = dense_net()
+    model = model_of(base, weft.full_finetune(base))
+    loader = DataLoader(vectors(16, 3, 1), 8, num_workers=1, persistent_workers=True)
+    with pytest.raises(DataError, match="'a' and 'b' read one loader at a time"):
+        weft.fit(model, {"a": loader, "b": loader}, epochs=1, progress=False)
+
+
+def test_a_run_that_stopped_early_ends_alike_when_it_is_called_again(tmp_path: Path) -> None:
+    """What it does at its end reads data, too."""
+    kept = []
+    for _ in range(2):
+        base = conv_net()
+        model = model_of(base, weft.taps(base, budget=0.4, warmup=0), tasks=["a"])
+        order = torch.Generator()
+        val = DataLoader(images(20, 3, 2), 8, shuffle=True, drop_last=True, generator=order)
+        weft.fit(
+            model,
+            {"a": (in_order(images(24, 3, 1)), val)},
+            epochs=8,
+            checkpoint=tmp_path,
+            callbacks=[lambda epoch: epoch.stop()],
+            progress=False,
+        )
+        kept.append(model.tasks["a"].facts["metrics"]["val"])
+    assert kept[0] == kept[1]

@@ -117,22 +117,18 @@ def test_tasks_that_train_shared_tensors_keep_the_best_mean_together() -> None:
     assert_same_bits(everything(model), states[2])
 
 
-def test_scores_of_different_units_are_weighed_by_their_ratios() -> None:
-    """An accuracy that falls by a third outweighs an angle that gains a tenth, in any unit."""
-    for unit in (1.0, 60.0):
-        errors = [unit * value for value in (20.0, 18.0, 18.0, 18.0)]
-        scripts = {"a": _task([0.9, 0.6, 0.6, 0.6]), "b": _task(errors, higher_is_better=False)}
-        _, history, _ = _fit(scripts, plan=weft.hard_sharing)
-        assert history.best == {"a": 0, "b": 0}
-
-
-def test_a_score_that_is_no_number_is_the_worst_among_different_units() -> None:
-    scripts = {
-        "a": _task([math.nan, 0.1, 0.2, math.nan]),
-        "b": _task([1.0, 2.0, 2.0, 1.0], higher_is_better=False),
-    }
-    _, history, _ = _fit(scripts, plan=weft.hard_sharing)
-    assert history.best == {"a": 2, "b": 2}
+def test_where_metrics_differ_the_weighted_losses_choose() -> None:
+    """Accuracies and angles have no mean that would not depend on their units."""
+    weights = {"a": 0.5, "b": 3.0}
+    for unit in (1.0, 1000.0):
+        angles = [unit * value for value in (20.0, -18.0, 0.0, 18.0, 1.0, 2.0)]
+        scripts = {"a": _task([0.9] + [0.6] * 5), "b": _task(angles, higher_is_better=False)}
+        _, history, _ = _fit(scripts, plan=weft.hard_sharing, epochs=6, lr=0.4, weights=weights)
+        losses = [
+            sum(weights[t] * history[t][epoch]["val"]["loss"] for t in "ab") for epoch in range(6)
+        ]
+        least = min(range(6), key=losses.__getitem__)
+        assert history.best == {"a": least, "b": least}
 
 
 def test_a_task_without_validation_keeps_the_last() -> None:

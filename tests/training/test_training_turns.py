@@ -23,8 +23,11 @@ from training_nets import (
 import weft
 from weft.core.model import MultiTaskModel
 from weft.core.sharing import Phase, Turn
-from weft.errors import DataError, PlanError, TrainingError
+from weft.errors import ConfigError, DataError, PlanError, TrainingError
+from weft.training.batches import Reader
 from weft.training.history import Epoch
+from weft.training.loaders import loaders_by_task
+from weft.training.optimization import Groups
 from weft.training.schedule import rate_factor
 
 
@@ -115,6 +118,42 @@ def test_a_task_without_turns_reads_its_data_on_through_the_turns_of_others() ->
     }
     weft.fit(model, data, epochs=1, progress=False)
     assert sorted(rows) == list(range(40))
+
+
+def test_a_loader_of_two_tasks_is_read_on_where_only_one_of_them_uses_it_later() -> None:
+    rows: list[int] = []
+    data = _Indexed(vectors(40, 3, 1), rows)
+    batches = DataLoader(data, batch_size=4)
+    both = loaders_by_task(
+        DataLoader([(x, {"a": y, "b": y}) for x, y in vectors(40, 3, 1)], batch_size=4), ("a", "b")
+    )
+    reader = Reader({"a": 1, "b": 2})
+    first = [step["a"][0] for step in reader.together(both, 3)]
+    then = [step["a"][0] for step in reader.together({"a": both["a"], "b": batches}, 7)]
+    assert torch.equal(torch.cat(first + then), vectors(40, 3, 1).tensors[0])
+    assert rows == list(range(28))
+
+
+def test_an_optimiser_that_mixes_schedules_is_refused() -> None:
+    base = dense_net()
+    restarting = replace(
+        weft.full_finetune(base), phases=(Phase("one"), Phase("two", restart=True))
+    )
+    model = _model(base, Phase("train"))
+    model.add_task("b", weft.Classification(3), sharing=restarting)
+    data = {task: in_order(vectors(16, 3, 1)) for task in "ab"}
+
+    def one_group(groups: Groups) -> torch.optim.Optimizer:
+        return torch.optim.SGD([p for group in groups for p in group["params"]], lr=0.1)
+
+    def with_an_empty_group(groups: Groups) -> torch.optim.Optimizer:
+        optimizer = torch.optim.SGD(groups)
+        optimizer.add_param_group({"params": []})
+        return optimizer
+
+    with pytest.raises(ConfigError, match="parameters of a and b into one group"):
+        weft.fit(model, data, epochs=2, optimizer=one_group, progress=False)
+    weft.fit(model, data, epochs=2, optimizer=with_an_empty_group, progress=False)
 
 
 def test_data_that_a_later_phase_cannot_cut_is_refused_before_the_first() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,6 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from weft.errors import DataError
 
-from .rows import Arguments
 from .variants import Members, Variants
 
 
@@ -23,18 +23,19 @@ class SharedInputs:
         parts: the inputs of each forward.
     """
 
-    def __init__(self, parts: Iterable[Arguments]) -> None:
+    def __init__(self, parts: Iterable[tuple[Any, Any]]) -> None:
         seen: dict[int, Tensor] = {}
         shared: dict[int, Tensor] = {}
         for part in parts:
-            mine = {id(t): t for t in pytree.tree_leaves(part) if isinstance(t, Tensor)}
+            tensors = [t for t in pytree.tree_leaves(part) if isinstance(t, Tensor)]
+            mine = {id(t if t._base is None else t._base): t for t in tensors}
             shared |= {key: tensor for key, tensor in mine.items() if key in seen}
             seen |= mine
         # Inference tensors do not count how often they are written to: forwards get copies.
         self._copied = any(tensor.is_inference() for tensor in shared.values())
         self._versions = [] if self._copied else [(t, t._version) for t in shared.values()]
 
-    def take(self, part: Arguments) -> Arguments:
+    def take(self, part: tuple[Any, Any]) -> tuple[Any, Any]:
         """The inputs of the next forward.
 
         Raises:
@@ -43,10 +44,10 @@ class SharedInputs:
         if any(tensor._version != version for tensor, version in self._versions):
             raise DataError(
                 "The base writes to its input, so the next task would see other values. Let it "
-                "begin with a copy (x = x.clone()), or run one task at a time."
+                "begin with a copy: x = x.clone()."
             )
         if self._copied:
-            copied: Arguments = pytree.tree_map_only(Tensor, torch.clone, part)
+            copied: tuple[Any, Any] = pytree.tree_map_only(Tensor, torch.clone, part)
             return copied
         return part
 

@@ -175,21 +175,24 @@ class Source:
 
     def __init__(self, loader: Loader, tasks: list[str], many: ManyTargets | None = None) -> None:
         self.tasks = tasks
-        self._loader = loader
+        self.loader = loader
         self._many = many
 
     @property
     def key(self) -> Hashable:
-        """Equal for what reads the same loader for the same tasks."""
-        return id(self._loader), tuple(self.tasks)
+        """Equal for what reads on where the other was left."""
+        return (id(self.loader), self.tasks[0]) if self._many is None else id(self._many)
+
+    def split(self, batch: Any) -> Batches:
+        """By task, inputs and targets of a batch."""
+        if self._many is None:
+            return {self.tasks[0]: split_batch(batch, self.tasks[0])}
+        x, targets = self._many.split(batch)
+        return {task: (x, targets[task]) for task in self.tasks}
 
     def __iter__(self) -> Iterator[Batches]:
-        for batch in self._loader:
-            if self._many is None:
-                yield {self.tasks[0]: split_batch(batch, self.tasks[0])}
-            else:
-                x, targets = self._many.split(batch)
-                yield {task: (x, targets[task]) for task in self.tasks}
+        for batch in self.loader:
+            yield self.split(batch)
 
 
 def sources(loaders: Mapping[str, Loader]) -> list[Source]:
@@ -217,10 +220,10 @@ class Endless:
     def __init__(self, source: Source, streams: Streams) -> None:
         self._source = source
         self._streams = streams
-        self._iterator: Iterator[Batches] | None = None
+        self._iterator: Iterator[Any] | None = None
 
-    def next(self) -> Batches:
-        """By task, inputs and targets of the next batch.
+    def next(self) -> Any:
+        """The next batch, as the loader gives it.
 
         Raises:
             DataError: a whole pass gave no batch.
@@ -228,7 +231,7 @@ class Endless:
         with self._streams.of(self._source.tasks[0]):
             for _ in range(2):
                 if self._iterator is None:
-                    self._iterator = iter(self._source)
+                    self._iterator = iter(self._source.loader)
                 batch = next(self._iterator, None)
                 if batch is not None:
                     return batch
@@ -258,13 +261,13 @@ class Reader:
             ``{task: (inputs, targets)}`` for each step, tasks in the order of the loaders.
         """
         read = [
-            self._open.setdefault(source.key, Endless(source, self._streams))
+            (source, self._open.setdefault(source.key, Endless(source, self._streams)))
             for source in sources(loaders)
         ]
         for _ in range(steps):
             step: Batches = {}
-            for endless in read:
-                step |= endless.next()
+            for source, endless in read:
+                step |= source.split(endless.next())
             yield {task: step[task] for task in loaders}
 
 

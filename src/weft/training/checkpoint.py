@@ -19,7 +19,7 @@ from weft.errors import TrainingError
 
 from .files import write_whole
 
-MAGIC = b"weft checkpoint 1\n"
+MAGIC = b"weft checkpoint 2\n"
 NAME = "checkpoint.pt"
 DIGEST = hashlib.sha256().digest_size
 

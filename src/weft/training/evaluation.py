@@ -156,27 +156,24 @@ def choosing_scores(model: MultiTaskModel, scores: Mapping[str, Scores]) -> dict
     return {task: sign * scores[task][name] for task, (name, sign) in _choosing(model, scores)}
 
 
-def together_scores(model: MultiTaskModel, scores: Mapping[str, Scores]) -> dict[str, float]:
+def together_scores(
+    model: MultiTaskModel, scores: Mapping[str, Scores], weights: Mapping[str, float]
+) -> dict[str, float]:
     """The same for tasks that stand and fall together, so that a mean over them means something.
 
-    Where the tasks have different metrics, their scores' logarithms: the mean of these is that of a
-    geometric mean, which a change of a metric's unit leaves in order.
+    Where the tasks have different metrics, what was trained for: their losses, weighted.
 
     Args:
         model: the model.
         scores: of some of its tasks, as `evaluate` gives them.
+        weights: by task, the factor on its loss in training; default 1.
 
     Returns:
-        By task, a number.
+        By task, a number, larger is better.
     """
-    chosen = dict(_choosing(model, scores))
-    if len(set(chosen.values())) <= 1:
+    if len(set(dict(_choosing(model, scores)).values())) <= 1:
         return choosing_scores(model, scores)
-    # NaN stays NaN: whoever chooses knows what to make of it.
-    return {
-        task: sign * math.log(max(scores[task][name], 1e-12))
-        for task, (name, sign) in chosen.items()
-    }
+    return {task: -weights.get(task, 1.0) * values["loss"] for task, values in scores.items()}
 
 
 def _choosing(

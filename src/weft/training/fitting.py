@@ -19,7 +19,7 @@ from .batches import Endless, Loader, TaskData, sources, to_device
 from .evaluation import device_of, modes_kept
 from .files import check_writable
 from .history import Callback, History
-from .loaders import check_loader, data_by_task, steps_in
+from .loaders import check_loader, check_readers, data_by_task, steps_in
 from .optimization import OptimizerChoice
 from .progress import Display
 from .randomness import Streams, caller_keeps_randomness, derived_seed
@@ -90,8 +90,8 @@ def fit(
         steps: batches per epoch, if loaders have no length or to cut epochs.
         weights: by task, a factor on its loss.
         keep: the state to end with: "best" on validation, or "last". Tasks without validation data
-            keep the last. Tasks that train shared tensors keep the epoch with the best mean score,
-            a geometric mean where their metrics differ.
+            keep the last. Tasks that train shared tensors keep the epoch with the best mean score;
+            where their metrics differ, that with the least sum of losses, weighted.
         patience: stop after so many epochs without a better validation score of any task. A phase
             that is cut short runs no transition.
         seed: of every epoch's random numbers; the same seed gives the same run.
@@ -235,6 +235,7 @@ def _checked_data(
         if pair[1] is not None:
             check_loader(pair[1], task, exact=exact)
             validation[task] = pair[1]
+    check_readers(train)
     return train, validation
 
 
@@ -264,7 +265,7 @@ def _build_heads(model: MultiTaskModel, train: Mapping[str, Loader], seed: int) 
     waiting = {t: loader for t, loader in train.items() if not model.tasks[t].head_is_built}
     streams = Streams({task: derived_seed(seed, "head", task) for task in waiting})
     for source in sources(waiting):
-        for task, (x, _) in Endless(source, streams).next().items():
+        for task, (x, _) in source.split(Endless(source, streams).next()).items():
             with streams.of(task), torch.no_grad():
                 model.step({task: to_device(x, device_of(model))}, charge={task: 0.0})
 

@@ -22,7 +22,7 @@ from torch.utils.data import (
 
 from weft.errors import DataError
 
-from .batches import Changed, Loader, ManyTargets, TargetsOf, TaskData
+from .batches import Changed, Loader, ManyTargets, TargetsOf, TaskData, sources
 
 
 def data_by_task(
@@ -117,6 +117,27 @@ def check_loader(loader: Loader, task: str, *, exact: bool) -> None:
             "epoch to epoch, so a run could not go on from a checkpoint to the same result. Make "
             "it with persistent_workers=False."
         )
+
+
+def check_readers(loaders: Mapping[str, Loader]) -> None:
+    """Refuse loaders that cannot be read for several tasks at a time.
+
+    Args:
+        loaders: by task.
+
+    Raises:
+        DataError: a loader whose workers persist is that of two tasks.
+    """
+    read: dict[int, str] = {}
+    for source in sources(loaders):
+        loader, task = _read(source.loader), source.tasks[0]
+        first = read.setdefault(id(loader), task)
+        if first != task and isinstance(loader, DataLoader) and loader.persistent_workers:
+            raise DataError(
+                f"'{first}' and '{task}' read one loader at a time, which a loader that keeps its "
+                "workers cannot serve: each would get a part of the batches. Make it with "
+                "persistent_workers=False, or one for each task."
+            )
 
 
 def steps_in(loader: Loader, task: str) -> int:

@@ -167,6 +167,7 @@ class Phases:
         for epoch in range(epochs, len(self._stretches)):
             for phase, tasks in self.beginning(epoch):
                 if phase.required:
+                    self.begin(self._stretches[epoch][0])
                     self._prepare(phase, tasks)
                     changed += tasks
         return changed

@@ -11,6 +11,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from weft.core.model import MultiTaskModel
+from weft.core.together import SharedInputs
 from weft.errors import TrainingError
 
 from .batches import Loader, Reader, to_device
@@ -135,7 +136,10 @@ class Run:
                 rows[task].update(penalty.figures(self.model.tasks[task].own))
         self._last = snapshot(self.model, self.tasks)
         may_stay = {t: s for t, s in scores.items() if phases[t].selectable}
-        values = (together_scores if self._joint else choosing_scores)(self.model, may_stay)
+        if self._joint:
+            values = together_scores(self.model, may_stay, self._set.weights)
+        else:
+            values = choosing_scores(self.model, may_stay)
         self._selection.consider(self.epoch, values, self._last)
         for task, row in rows.items():
             self.history.rows.setdefault(task, []).append(row)
@@ -166,10 +170,7 @@ class Run:
         without storing the state of every generator.
         """
         seed, epoch = self._set.seed, self.epoch
-        seeds = {task: derived_seed(seed, epoch, "task", task) for task in self.tasks}
-        for loaders in (self._train, self._validation):
-            for task, loader in loaders.items():
-                reseed(loader, seeds[task])
+        seeds = self._seed_data()
         for phase, tasks in self._phases.beginning(epoch):
             if phase.restart and self._start is not None:
                 changed = put_back(self.model, tuple(tasks), self._start, phase.keeps)
@@ -177,6 +178,14 @@ class Run:
         seed_everything(derived_seed(seed, epoch))  # all processes prepare a phase alike
         self._phases.enter(epoch)
         seed_everything(derived_seed(seed, epoch, "process", self._processes.index))
+        return seeds
+
+    def _seed_data(self) -> dict[str, int]:
+        """Seed the generators that loaders have of their own; by task, the seeds."""
+        seeds = {t: derived_seed(self._set.seed, self.epoch, "task", t) for t in self.tasks}
+        for loaders in (self._train, self._validation):
+            for task, loader in loaders.items():
+                reseed(loader, seeds[task])
         return seeds
 
     def _train_steps(self, seeds: Mapping[str, int], display: Display) -> Figures:
@@ -229,12 +238,14 @@ class Run:
 
     def _portions(
         self, batches: Mapping[str, tuple[Any, Any]]
-    ) -> list[tuple[Mapping[str, tuple[Any, Any]], bool | None]]:
+    ) -> Iterator[tuple[Mapping[str, tuple[Any, Any]], bool | None]]:
         """What of a step to run at once, and whether more of it comes later."""
         if not self._set.one_at_a_time:
-            return [(batches, None)]
-        last = self.tasks[-1]
-        return [({task: batch}, task != last) for task, batch in batches.items()]
+            yield batches, None
+            return
+        shared = SharedInputs(batches.values())
+        for task, batch in batches.items():
+            yield {task: shared.take(batch)}, task != self.tasks[-1]
 
     def _check_finite(
         self, figures: Figures, batches: Mapping[str, tuple[Any, Any]], step: int
@@ -274,6 +285,7 @@ class Run:
             self.history.best |= self._selection.epochs
             restore(self.model, self.tasks, self._selection.kept)
         scores = {t: self.history[t][epoch]["val"] for t, epoch in self.history.best.items()}
+        self._seed_data()
         seed_everything(derived_seed(self._set.seed, self.epoch))
         changed = self._phases.conclude(self.epoch)
         scores |= self._scores(changed)

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from weft.core.model import MultiTaskModel
-from weft.errors import PlanError, TrainingError
+from weft.errors import ConfigError, PlanError, TrainingError
 
 from .optimization import OptimizerChoice, PullToBase, make_optimizer, parameter_groups
 from .schedule import rate_factor
@@ -30,6 +30,7 @@ class Updates:
 
     Raises:
         PlanError: nothing trains.
+        ConfigError: no optimiser, or one that mixes groups of different schedules.
     """
 
     def __init__(
@@ -69,9 +70,15 @@ class Updates:
         }
         trained = {id(p): task for task in tasks for p in model.task_parameters(task)}
         together = next((t for t in tasks if model.plan(t) is model.sharing), tasks[0])
-        self._leading = [
-            trained.get(id(group["params"][0]), together) for group in self._inner.param_groups
-        ]
+        self._leading: list[str] = []
+        for group in self._inner.param_groups:
+            mine = list(dict.fromkeys(trained.get(id(p), together) for p in group["params"]))
+            if len({courses[task] for task in mine}) > 1:
+                raise ConfigError(
+                    f"The optimiser puts parameters of {' and '.join(mine)} into one group, but a "
+                    "plan begins its schedule anew on the way: keep the groups that it was given."
+                )
+            self._leading.append(mine[0] if mine else together)
 
     def __call__(self) -> None:
         """One optimiser step with the gradients that are there."""
