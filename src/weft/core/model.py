@@ -196,7 +196,10 @@ class MultiTaskModel(nn.Module):
     def predict_all(
         self, *inputs: Any, context: Mapping[str, Any] | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """Every task's output on the same input.
+        """Every task's output on the same input; in eval mode, what tasks share is computed once.
+
+        Tasks share what comes before the first tensor in which they differ, on every path through
+        the network. Without gradients own tensors of equal values count as the same.
 
         Args:
             inputs: as for a call of the model.
