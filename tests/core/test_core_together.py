@@ -123,6 +123,27 @@ def test_tasks_with_equal_own_tensors_share_their_work() -> None:
     assert_as_alone(model)
 
 
+@pytest.mark.parametrize(("name", "passes"), [("first.weight", 3), ("last.weight", 1)])
+def test_tasks_that_share_hardly_anything_run_apart_once_that_is_known(
+    name: str, passes: int
+) -> None:
+    calls: list[None] = []
+
+    class Counted(Residual):
+        def forward(self, x: Tensor) -> Tensor:
+            calls.append(None)
+            return super().forward(x)
+
+    model = model_of(Counted(), *(own(name),) * 3)
+    for expected in (1, passes, passes):
+        calls.clear()
+        with torch.no_grad():
+            found = model.predict_all(X)
+        assert len(calls) == expected
+        with torch.no_grad():
+            assert all(torch.equal(found[t], model(X, task=t)) for t in model.task_names)
+
+
 def test_gradients_are_those_of_the_tasks_alone() -> None:
     model = model_of(Residual(), own("around.weight"), own("last.weight"), own("around.weight"))
     outputs = model.predict_all(X)

@@ -334,6 +334,7 @@ class MultiTaskModel(nn.Module):
         base = self._runner.base_tensors()
         state.patches, own = hardened(base, state.patches, own, shared)
         state.own = TensorTable(own)
+        self._runner.sweep()
 
     def ledger(self, task: str) -> Ledger:
         """What the task owns, shares and costs, as it would be stored now."""

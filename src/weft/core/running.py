@@ -32,6 +32,10 @@ Output = str | int | Callable[[Any], Tensor] | None
 """What heads read of the base's output: a key or attribute, an index, a function, or all of it."""
 
 
+HARDLY = 0.75
+"""Tasks that save less than the rest of this share of their functions run faster apart."""
+
+
 class Runner:
     """Runs the tasks of one model.
 
@@ -52,6 +56,7 @@ class Runner:
         self._known_shapes: list[tuple[int, ...]] = []
         self._likeness = Likeness()
         self._wrapped: WeakSet[Pool] = WeakSet()
+        self._hardly_shared: set[frozenset[str]] = set()
 
     # ---------------------------------------------------------------- tensors
 
@@ -147,6 +152,9 @@ class Runner:
         while waiting:
             names = waiting.pop()
             group = {name: states[name] for name in names}
+            if frozenset(names) in self._hardly_shared and len(names) > 1:
+                waiting += [[name] for name in names]
+                continue
             try:
                 outputs |= self._together(group, batch, shared, context)
             except TasksPartError as error:
@@ -189,7 +197,7 @@ class Runner:
         args, kwargs = batch
         if pool in self._wrapped:
             args, kwargs = pytree.tree_map_only(Tensor, lambda t: Variants.of({every: t}), batch)
-        call, together = Call(context=context), Together()
+        call, together = Call(context=context), Together(len(states))
         tensors = bound_together([self.compose(s) for s in states.values()], self._likeness)
         with pool.lease() as structure:
             structure.set_mode(False, frozenset())
@@ -201,6 +209,8 @@ class Runner:
                 side = structure.taps(call.records)
             if torch.is_grad_enabled():
                 structure.await_backward(all_values([features, side]))
+        if together.share > HARDLY:
+            self._hardly_shared.add(frozenset(states))
         outputs: dict[str, Any] = {}
         for task, (name, state) in enumerate(states.items()):
             mine, taps = value_for(task, (features, side))
@@ -281,7 +291,8 @@ class Runner:
         return View(pool, tensors, self.writable(state), training=training)
 
     def sweep(self) -> None:
-        """Let go of tensors that idle structures are still bound to."""
+        """Let go of tensors that idle structures are still bound to, and of what they showed."""
+        self._hardly_shared.clear()
         for pool in self._pools.values():
             pool.sweep()
 

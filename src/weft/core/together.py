@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import weakref
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.weak import WeakIdKeyDictionary
 
 from weft.errors import DataError
 
@@ -56,7 +56,7 @@ class Likeness:
     """Knows which tensors hold the same values, without comparing them again in every forward."""
 
     def __init__(self) -> None:
-        self._marks = WeakIdKeyDictionary()
+        self._known: dict[int, tuple[weakref.ref[Tensor], int, Hashable]] = {}
 
     def together(self, values: Sequence[Tensor]) -> Tensor:
         """One tensor for all tasks, or variants where their values differ.
@@ -82,13 +82,15 @@ class Likeness:
         """
         if torch.is_grad_enabled() or tensor.is_inference():
             return id(tensor)
-        known = self._marks.get(tensor)
-        if known is None or known[0] != tensor._version:
-            content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            digest = hashlib.blake2b(content.numpy().data, digest_size=16).digest()
-            known = (tensor._version, (digest, tensor.dtype, tensor.shape, tensor.device))
-            self._marks[tensor] = known
-        mark: Hashable = known[1]
+        known = self._known.get(id(tensor))
+        if known is not None and known[0]() is tensor and known[1] == tensor._version:
+            return known[2]
+        content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest = hashlib.blake2b(content.numpy().data, digest_size=16).digest()
+        mark = (digest, tensor.dtype, tensor.shape, tensor.device)
+        here = id(tensor)
+        alive = weakref.ref(tensor, lambda _: self._known.pop(here, None))
+        self._known[here] = (alive, tensor._version, mark)
         return mark
 
 

@@ -34,6 +34,9 @@ class TasksPartError(Exception):
         self.wrapped_helps = wrapped_helps
 
 
+_NO_DATA = torch.empty(0, device="meta")
+
+
 @final
 class Variants(Tensor):
     """A tensor with a value for each task; tasks that have it in common have one value.
@@ -51,8 +54,7 @@ class Variants(Tensor):
         Args:
             groups: by tasks, their value; every task in one of them.
         """
-        like = next(iter(groups.values())).detach()
-        made: Variants = Tensor._make_subclass(Variants, torch.empty_like(like, device="meta"))
+        made: Variants = Tensor._make_subclass(Variants, _NO_DATA)
         made.groups = dict(groups)
         return made
 
@@ -92,11 +94,22 @@ class Together(TorchFunctionMode):
 
     A write to memory divides nothing: where the tasks of one value would write different things,
     each part gets a copy, and whatever else still refers to the old memory is refused.
+
+    Args:
+        tasks: how many there are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tasks: int) -> None:
         super().__init__()
         self._abandoned: dict[int, Tensor] = {}
+        self._tasks = tasks
+        self._ran = 0
+        self._apart = 0
+
+    @property
+    def share(self) -> float:
+        """How many functions ran, of those that would have run for the tasks apart."""
+        return self._ran / max(1, self._apart)
 
     def __torch_function__(
         self,
@@ -106,25 +119,33 @@ class Together(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         given = kwargs or {}
+        self._ran += 1
+        self._apart += self._tasks
         if not types and not self._abandoned:
             return func(*args, **given)
-        leaves, structure = pytree.tree_flatten((args, dict(given)))
-        variants = {i: leaf.groups for i, leaf in enumerate(leaves) if isinstance(leaf, Variants)}
+        # Most calls hold tensors and numbers; taking structures apart would cost more than they do.
+        if all(map(_is_leaf, args)) and all(map(_is_leaf, given.values())):
+            leaves, structure = [*args, *given.values()], None
+        else:
+            leaves, structure = pytree.tree_flatten((args, dict(given)))
         self._refuse_abandoned(leaves)
-        if not variants:
+        partitions = [leaf.groups for leaf in leaves if isinstance(leaf, Variants)]
+        if not partitions:
             return func(*args, **given)
-        parts = common_parts(list(variants.values()))
+        parts = common_parts(partitions)
+        self._ran += len(parts) - 1
         target = self._target(func, args, given, parts)
         results: dict[Members, Any] = {}
         for part in parts:
-            task = next(iter(part))
-            mine = [
-                value_for(task, leaf) if i in variants else leaf for i, leaf in enumerate(leaves)
-            ]
+            mine = [_value(leaf, part) if isinstance(leaf, Variants) else leaf for leaf in leaves]
             if target is not None:
                 mine[0] = target[part]
-            values, named = pytree.tree_unflatten(mine, structure)
-            results[part] = func(*values, **named)
+            if structure is None:
+                named = dict(zip(given, mine[len(args) :], strict=True))
+                results[part] = func(*mine[: len(args)], **named)
+            else:
+                values, named = pytree.tree_unflatten(mine, structure)
+                results[part] = func(*values, **named)
         if target is None:
             return _joined(results)
         args[0].groups = target
@@ -165,6 +186,9 @@ class Together(TorchFunctionMode):
 
 def common_parts(partitions: Sequence[Mapping[Members, Any]]) -> list[Members]:
     """The coarsest division of the tasks that divides at least where each partition does."""
+    first = partitions[0].keys()
+    if all(partition.keys() == first for partition in partitions):
+        return list(first)
     keys: dict[int, list[int]] = {}
     for partition in partitions:
         for number, members in enumerate(partition):
@@ -176,6 +200,19 @@ def common_parts(partitions: Sequence[Mapping[Members, Any]]) -> list[Members]:
     return [frozenset(tasks) for tasks in found.values()]
 
 
+def _is_leaf(value: Any) -> bool:
+    """Whether no tensor is inside of a value: numbers in a row, such as a stride, are a leaf."""
+    if isinstance(value, (tuple, list)):
+        return all(isinstance(each, int) for each in value)
+    return not isinstance(value, dict)
+
+
+def _value(variants: Variants, part: Members) -> Tensor:
+    """The value of some tasks that have it in common."""
+    value = variants.groups.get(part)
+    return value_for(next(iter(part)), variants) if value is None else value
+
+
 def _joined(results: Mapping[Members, Any]) -> Any:
     """The results for the parts of the tasks as one.
 
@@ -183,6 +220,8 @@ def _joined(results: Mapping[Members, Any]) -> Any:
         TasksPartError: they differ in something else than the numbers in tensors, so that the
             forward may go on differently.
     """
+    if all(type(result) is Tensor for result in results.values()):
+        return _one(tuple(results), tuple(results.values()))
     flat = {part: pytree.tree_flatten(result) for part, result in results.items()}
     structures = [structure for _, structure in flat.values()]
     if any(structure != structures[0] for structure in structures):
@@ -192,7 +231,12 @@ def _joined(results: Mapping[Members, Any]) -> Any:
 
 
 def _one(parts: tuple[Members, ...], column: tuple[Any, ...]) -> Any:
-    what = [(v.shape, v.dtype, v.device) if isinstance(v, Tensor) else (type(v), v) for v in column]
+    first = column[0]
+    if isinstance(first, Tensor) and all(
+        isinstance(v, Tensor) and v.shape == first.shape and v.dtype == first.dtype for v in column
+    ):
+        return Variants.of(dict(zip(parts, column, strict=True)))
+    what = [(v.shape, v.dtype) if isinstance(v, Tensor) else (type(v), v) for v in column]
     alike: list[tuple[Any, Members]] = []
     for part, description in zip(parts, what, strict=True):
         for place, (known, members) in enumerate(alike):
@@ -203,9 +247,7 @@ def _one(parts: tuple[Members, ...], column: tuple[Any, ...]) -> Any:
             alike.append((description, part))
     if len(alike) > 1:
         raise TasksPartError([members for _, members in alike])
-    if isinstance(column[0], Tensor):
-        return Variants.of(dict(zip(parts, column, strict=True)))
-    return column[0]
+    return first
 
 
 def _storage(tensor: Tensor) -> int:
