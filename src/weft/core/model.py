@@ -15,6 +15,7 @@ from .adapter import Records
 from .checks import adapter_tensors, check_plan
 from .folding import fold
 from .ledger import Ledger, gate_scores, hardened, make_ledger
+from .one_input import OneInput
 from .rows import (
     Arguments,
     Rows,
@@ -81,6 +82,7 @@ class MultiTaskModel(nn.Module):
         self.shared.update(adapter_tensors(self.base, sharing)[1])
         self._names = canonical_names(self.base)
         self._runner = Runner(self.base, self.shared, output)
+        self._one_input = OneInput(self._runner)
         self.register_load_state_dict_post_hook(_restore_ties)  # type: ignore[no-untyped-call]
 
     # ------------------------------------------------------------------ tasks
@@ -145,6 +147,7 @@ class MultiTaskModel(nn.Module):
         """
         self.tasks.remove(known_task(name, self.task_names))
         self._runner.sweep()
+        self._one_input.forget()
 
     def head(self, task: str) -> nn.Module | None:
         """The task's head; None if the task uses the base's output itself.
@@ -213,7 +216,7 @@ class MultiTaskModel(nn.Module):
         if self.training or torch.compiler.is_compiling():
             return self._run(dict.fromkeys(self.tasks, batch), context)[0]
         states = {name: self.tasks[name] for name in self.task_names}
-        return self._runner.run_all(states, batch, self._checked(context))
+        return self._one_input.run(states, batch, self._checked(context))
 
     def step(
         self,
@@ -335,6 +338,7 @@ class MultiTaskModel(nn.Module):
         state.patches, own = hardened(base, state.patches, own, shared)
         state.own = TensorTable(own)
         self._runner.sweep()
+        self._one_input.forget()
 
     def ledger(self, task: str) -> Ledger:
         """What the task owns, shares and costs, as it would be stored now."""
@@ -391,12 +395,14 @@ class MultiTaskModel(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        del state["_runner"]  # structures are made anew, never copied or stored
+        for name in ("_runner", "_one_input"):  # structures are made anew, never copied or stored
+            del state[name]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._runner = Runner(self.base, self.shared, self.output)
+        self._one_input = OneInput(self._runner)
 
     def extra_repr(self) -> str:
         """The plan and the tasks, for ``print(model)``."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -24,16 +24,11 @@ from .sharing import Sharing
 from .sites import tensor_slots
 from .state import TaskState, TensorTable
 from .structure import buffers_of
-from .together import Likeness, SharedInputs, bound_together, divided
-from .variants import TasksPartError, Together, Variants, all_values, value_for
+from .together import SharedInputs
 from .view import View
 
 Output = str | int | Callable[[Any], Tensor] | None
 """What heads read of the base's output: a key or attribute, an index, a function, or all of it."""
-
-
-HARDLY = 0.75
-"""Tasks that save less than the rest of this share of their functions run faster apart."""
 
 
 class Runner:
@@ -48,15 +43,12 @@ class Runner:
     def __init__(self, base: nn.Module, shared: TensorTable, output: Output) -> None:
         self._base = base
         self._shared = shared
-        self._output = output
+        self.output = output
         self._slots = tensor_slots(base)
         self._buffers = frozenset(name for name, _ in buffers_of(self._slots))
         self._pools: dict[tuple[tuple[str, Insertion], ...], Pool] = {}
         self._pool_of_plan: WeakKeyDictionary[Sharing, Pool] = WeakKeyDictionary()
         self._known_shapes: list[tuple[int, ...]] = []
-        self._likeness = Likeness()
-        self._wrapped: WeakSet[Pool] = WeakSet()
-        self._hardly_shared: set[frozenset[str]] = set()
 
     # ---------------------------------------------------------------- tensors
 
@@ -81,7 +73,7 @@ class Runner:
         own = {**self._shared.to_dict(), **state.own.to_dict()}
         for name, patch in state.patches.items():
             tensors[name] = patch.compose(name, tensors[name], own)
-        for name in self._pool(state.sharing).adapter_names:
+        for name in self.pool(state.sharing).adapter_names:
             tensors[name] = own[name]
         return tensors
 
@@ -89,7 +81,7 @@ class Runner:
         """Names of the buffers that a forward of the task may change in training mode."""
         owned = self._buffers.intersection(state.own.to_dict())
         trained = self._buffers & state.sharing.train_shared
-        return owned | trained | self._pool(state.sharing).adapter_buffers
+        return owned | trained | self.pool(state.sharing).adapter_buffers
 
     # ---------------------------------------------------------------- running
 
@@ -130,95 +122,6 @@ class Runner:
                 records[name] = call.records
         return outputs, records
 
-    def run_all(
-        self, states: Mapping[str, TaskState], batch: Arguments, context: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """Every task on the same input, in eval mode; what several of them share is computed once.
-
-        Args:
-            states: by name, the tasks.
-            batch: the inputs of the base.
-            context: handed to adapters.
-
-        Returns:
-            By name, the outputs.
-        """
-        pools: dict[Pool, list[str]] = {}
-        for name, state in states.items():
-            pools.setdefault(self._pool(state.sharing), []).append(name)
-        outputs: dict[str, Any] = {}
-        shared = SharedInputs([batch] * 2)
-        waiting = list(pools.values())
-        while waiting:
-            names = waiting.pop()
-            group = {name: states[name] for name in names}
-            if frozenset(names) in self._hardly_shared and len(names) > 1:
-                waiting += [[name] for name in names]
-                continue
-            try:
-                outputs |= self._together(group, batch, shared, context)
-            except TasksPartError as error:
-                parts = divided(range(len(names)), error.parts)
-                waiting += [[names[i] for i in part] for part in parts]
-        return {name: outputs[name] for name in states}
-
-    def _together(
-        self,
-        states: Mapping[str, TaskState],
-        batch: Arguments,
-        shared: SharedInputs,
-        context: Mapping[str, Any],
-    ) -> dict[str, Any]:
-        """Tasks of one kind of structure on the same input, by one forward.
-
-        Raises:
-            TasksPartError: they have to run apart.
-        """
-        if len(states) == 1:
-            parts = dict.fromkeys(states, shared.take(batch))
-            return self.run(states, parts, context, training=False)[0]
-        pool = self._pool(next(iter(states.values())).sharing)
-        try:
-            return self._in_one_forward(pool, states, shared.take(batch), context)
-        except TasksPartError as error:
-            if not error.wrapped_helps:
-                raise
-        self._wrapped.add(pool)
-        return self._in_one_forward(pool, states, shared.take(batch), context)
-
-    def _in_one_forward(
-        self,
-        pool: Pool,
-        states: Mapping[str, TaskState],
-        batch: Arguments,
-        context: Mapping[str, Any],
-    ) -> dict[str, Any]:
-        every = frozenset(range(len(states)))
-        args, kwargs = batch
-        if pool in self._wrapped:
-            args, kwargs = pytree.tree_map_only(Tensor, lambda t: Variants.of({every: t}), batch)
-        call, together = Call(context=context), Together(len(states))
-        tensors = bound_together([self.compose(s) for s in states.values()], self._likeness)
-        with pool.lease() as structure:
-            structure.set_mode(False, frozenset())
-            structure.bind(tensors)
-            with self._shapes_explained(*batch):
-                output = structure.run(args, kwargs, call, together)
-            with together:
-                features = select_output(output, self._output)
-                side = structure.taps(call.records)
-            if torch.is_grad_enabled():
-                structure.await_backward(all_values([features, side]))
-        if together.share > HARDLY:
-            self._hardly_shared.add(frozenset(states))
-        outputs: dict[str, Any] = {}
-        for task, (name, state) in enumerate(states.items()):
-            mine, taps = value_for(task, (features, side))
-            state.build_head(mine, self.reference())
-            read = (mine, taps) if state.task.taps else (mine,)
-            outputs[name] = mine if state.head is None else state.head(*read)
-        return outputs
-
     def dry_run(self, state: TaskState, example: Any) -> None:
         """Build a task's head from one batch for the base."""
         like = self.reference()
@@ -242,18 +145,18 @@ class Runner:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """What a task's head reads, and what it reads from side sites if it does."""
         tensors = self.compose(state)
-        with self._pool(state.sharing).lease() as structure:
+        with self.pool(state.sharing).lease() as structure:
             structure.set_mode(training, self.writable(state))
             structure.bind(tensors)
-            with self._shapes_explained(args, kwargs):
+            with self.shapes_explained(args, kwargs):
                 output = structure.run(args, kwargs, call)
-            features = select_output(output, self._output)
+            features = select_output(output, self.output)
             if features is not output and torch.is_grad_enabled():
                 structure.await_backward(features)
             return features, structure.taps(call.records) if state.task.taps else {}
 
     @contextmanager
-    def _shapes_explained(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
+    def shapes_explained(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
         """Say so if the base fails on inputs of another shape than it has run on.
 
         Raises:
@@ -281,22 +184,22 @@ class Runner:
             tensors = self.compose(state)
         else:
             with torch.inference_mode(False), torch.no_grad():
-                buffers = self._buffers | self._pool(state.sharing).adapter_buffers
+                buffers = self._buffers | self.pool(state.sharing).adapter_buffers
                 composed = self.compose(state)
                 tensors = {
                     name: tensor.detach() if name in buffers else _constant(tensor)
                     for name, tensor in composed.items()
                 }
-        pool = self._pool(state.sharing)
+        pool = self.pool(state.sharing)
         return View(pool, tensors, self.writable(state), training=training)
 
     def sweep(self) -> None:
-        """Let go of tensors that idle structures are still bound to, and of what they showed."""
-        self._hardly_shared.clear()
+        """Let go of tensors that idle structures are still bound to."""
         for pool in self._pools.values():
             pool.sweep()
 
-    def _pool(self, sharing: Sharing) -> Pool:
+    def pool(self, sharing: Sharing) -> Pool:
+        """The structures that run tasks of a plan."""
         pool = self._pool_of_plan.get(sharing)
         if pool is None:
             # Plans that insert the same adapters, or none, run the same structures.
