@@ -144,16 +144,6 @@ def test_tasks_that_share_hardly_anything_run_apart_once_that_is_known(
             assert all(torch.equal(found[t], model(X, task=t)) for t in model.task_names)
 
 
-def test_gradients_are_those_of_the_tasks_alone() -> None:
-    model = model_of(Residual(), own("around.weight"), own("last.weight"), own("around.weight"))
-    outputs = model.predict_all(X)
-    for name in model.task_names:
-        parameters = list(model.trainable(name).values())
-        together = torch.autograd.grad(outputs[name].sum(), parameters, retain_graph=True)
-        alone = torch.autograd.grad(model(X, task=name).sum(), parameters)
-        assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
-
-
 class _Aliases(nn.Module):
     """Writes in place to memory that it reads again by another name."""
 
@@ -187,6 +177,64 @@ class _Aliases(nn.Module):
 def test_writes_are_seen_by_every_name_of_the_memory(way: str, names: tuple[str, ...]) -> None:
     plans = [own(*names), own("second.weight"), own(names[0]), own()]
     assert_as_alone(model_of(_Aliases(way), *plans))
+
+
+class _Doubled(torch.autograd.Function):
+    """Has a backward of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ARG004
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # noqa: ARG004
+        return gradient * 2
+
+
+class _Around(nn.Module):
+    """Goes around torch's functions in one way or another."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.way = way
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        y = self.second(x)
+        if self.way == "function":
+            return y + _Doubled.apply(y)  # type: ignore[no-untyped-call]
+        if self.way == "overload":
+            torch.ops.aten.add_.Tensor(x, y)
+        elif self.way == "packet":
+            torch.ops.aten.add_(x, y)
+        elif self.way == "numpy":
+            return y + torch.from_numpy(y.detach().numpy() * 2)
+        elif self.way == "many":
+            torch._foreach_add_([x], [y])
+        return x
+
+
+@pytest.mark.parametrize("way", ["function", "overload", "packet", "numpy", "many"])
+def test_what_goes_around_the_functions_of_torch_is_computed_for_each_task(way: str) -> None:
+    model = model_of(_Around(way), own("second.weight"), own("first.weight"), own())
+    with torch.no_grad():
+        for _ in range(2):
+            found = model.predict_all(X)
+            assert all(torch.equal(found[t], model(X, task=t)) for t in model.task_names)
+
+
+@pytest.mark.parametrize("base", [Residual(), _Around("function")])
+def test_gradients_are_those_of_the_tasks_alone(base: nn.Module) -> None:
+    names = [name for name, _ in base.named_parameters()]
+    model = model_of(base, own(names[-1]), own(names[0]), own(names[-1]))
+    outputs = model.predict_all(X)
+    for name in model.task_names:
+        parameters = list(model.trainable(name).values())
+        together = torch.autograd.grad(outputs[name].sum(), parameters, retain_graph=True)
+        alone = torch.autograd.grad(model(X, task=name).sum(), parameters)
+        assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
 
 
 class _Deciding(nn.Module):

@@ -199,10 +199,11 @@ class MultiTaskModel(nn.Module):
     def predict_all(
         self, *inputs: Any, context: Mapping[str, Any] | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """Every task's output on the same input; in eval mode, what tasks share is computed once.
+        """Every task's output on the same input.
 
-        Tasks share what comes before the first tensor in which they differ, on every path through
-        the network. Without gradients own tensors of equal values count as the same.
+        In eval mode without gradients (``torch.no_grad()``) what tasks share is computed once: all
+        that comes before the first tensor in which they differ, on every path through the network.
+        Own tensors of equal values do not differ.
 
         Args:
             inputs: as for a call of the model.
@@ -213,7 +214,7 @@ class MultiTaskModel(nn.Module):
             ``{task: output}``.
         """
         batch = call_arguments(inputs, kwargs)
-        if self.training or torch.compiler.is_compiling():
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._run(dict.fromkeys(self.tasks, batch), context)[0]
         states = {name: self.tasks[name] for name in self.task_names}
         return self._one_input.run(states, batch, self._checked(context))

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
-import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -15,7 +14,7 @@ from .pool import Pool
 from .rows import Arguments, select_output
 from .state import TaskState
 from .together import Likeness, SharedInputs, bound_together, divided
-from .variants import TasksPartError, Together, Variants, all_values, value_for
+from .variants import TasksPartError, Together, Variants, value_for
 
 if TYPE_CHECKING:
     from .running import Runner
@@ -44,7 +43,7 @@ class OneInput:
     def run(
         self, states: Mapping[str, TaskState], batch: Arguments, context: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Every task on the same input, in eval mode; what several of them share is computed once.
+        """Every task's output, in eval mode and without gradients.
 
         Args:
             states: by name, the tasks.
@@ -71,6 +70,13 @@ class OneInput:
             except TasksPartError as error:
                 parts = divided(range(len(names)), error.parts)
                 waiting += [[names[i] for i in part] for part in parts]
+            except Exception:
+                # A scripted module or an extension cannot take variants. Alone each task runs as
+                # ever; an error of the base itself shows there.
+                if len(names) == 1:
+                    raise
+                self._hardly_shared.add(frozenset(names))
+                waiting += [[name] for name in names]
         return {name: outputs[name] for name in states}
 
     def _together(
@@ -118,8 +124,6 @@ class OneInput:
             with together:
                 features = select_output(output, self._runner.output)
                 side = structure.taps(call.records)
-            if torch.is_grad_enabled():
-                structure.await_backward(all_values([features, side]))
         if together.share > HARDLY:
             self._hardly_shared.add(frozenset(states))
         outputs: dict[str, Any] = {}

@@ -27,7 +27,6 @@ from .sites import (
     statistics_modules,
     tensor_slots,
 )
-from .variants import all_values
 
 SLOT = ":"
 """Separates a site from what is attached there, in keys of own and adapter tensors."""
@@ -264,7 +263,7 @@ class Structure:
         finally:
             self.running = False
         if torch.is_grad_enabled():
-            self.await_backward(all_values([output, call.records]))
+            self.await_backward([output, call.records])
         return output
 
     def await_backward(self, outputs: Any) -> None:

@@ -76,11 +76,8 @@ class Likeness:
         return Variants.of(groups)
 
     def _mark(self, tensor: Tensor) -> Hashable:
-        """Equal for tensors whose work may be shared.
-
-        With gradients each task has a graph of its own, and so a tensor is like itself only.
-        """
-        if torch.is_grad_enabled() or tensor.is_inference():
+        """Equal for tensors of equal values; one that does not count its writes is like itself."""
+        if tensor.is_inference():
             return id(tensor)
         known = self._known.get(id(tensor))
         if known is not None and known[0]() is tensor and known[1] == tensor._version:

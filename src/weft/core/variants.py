@@ -13,6 +13,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -67,15 +68,6 @@ class Variants(Tensor):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         raise TasksPartError  # met outside of `Together`, where nothing knows what to do
-
-
-def all_values(value: Any) -> Any:
-    """A structure of values with all tasks' in the places of variants."""
-
-    def spread(leaf: Any) -> Any:
-        return list(leaf.groups.values()) if isinstance(leaf, Variants) else leaf
-
-    return pytree.tree_map(spread, value)
 
 
 def value_for(task: int, value: Any) -> Any:
@@ -159,6 +151,10 @@ class Together(TorchFunctionMode):
         Raises:
             TasksPartError: it writes what differs to memory that tasks share and go on to share.
         """
+        if isinstance(func, (OpOverload, OpOverloadPacket)):
+            if any(schema.is_mutable for schema in _schemas(func)):
+                raise TasksPartError
+            return None
         name = func.__name__
         in_place = (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
         if name == "__set__" or kwargs.get("out") is not None:
@@ -198,6 +194,12 @@ def common_parts(partitions: Sequence[Mapping[Members, Any]]) -> list[Members]:
     for task, key in keys.items():
         found.setdefault(tuple(key), []).append(task)
     return [frozenset(tasks) for tasks in found.values()]
+
+
+def _schemas(func: OpOverload[Any, Any] | OpOverloadPacket[Any, Any]) -> list[Any]:
+    if isinstance(func, OpOverload):
+        return [func._schema]
+    return [getattr(func, name)._schema for name in func.overloads()]
 
 
 def _is_leaf(value: Any) -> bool:
@@ -240,7 +242,7 @@ def _one(parts: tuple[Members, ...], column: tuple[Any, ...]) -> Any:
     alike: list[tuple[Any, Members]] = []
     for part, description in zip(parts, what, strict=True):
         for place, (known, members) in enumerate(alike):
-            if known == description:
+            if _same(known, description):
                 alike[place] = (known, members | part)
                 break
         else:
@@ -248,6 +250,13 @@ def _one(parts: tuple[Members, ...], column: tuple[Any, ...]) -> Any:
     if len(alike) > 1:
         raise TasksPartError([members for _, members in alike])
     return first
+
+
+def _same(one: Any, other: Any) -> bool:
+    try:
+        return bool(one == other)
+    except (ValueError, RuntimeError):  # arrays of numpy, for instance
+        return False
 
 
 def _storage(tensor: Tensor) -> int:
