@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from weft.core.memory import bytes_of, storage_of
 from weft.core.model import MultiTaskModel
 from weft.training.evaluation import modes_kept
 
@@ -69,7 +70,7 @@ def multiply_adds(model: MultiTaskModel, x: Any, *, tasks: Sequence[str] | None 
     with torch.inference_mode(False):
         x = pytree.tree_map_only(Tensor, _differentiable, x)
     inputs = [leaf for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor)]
-    stored = {_storage(t) for t in (*model.parameters(), *model.buffers(), *inputs)}
+    stored = {storage_of(t) for t in (*model.parameters(), *model.buffers(), *inputs)}
     found: dict[str, Counter[Hashable]] = {}
     with modes_kept(model), torch.inference_mode(False), torch.enable_grad():
         model.eval()
@@ -121,33 +122,24 @@ class _Tracer(TorchDispatchMode):
         formula: Callable[..., int] | None = flop_registry.get(func._overloadpacket)
         if formula is not None:
             self.counts[name] += formula(*args, **kwargs, out_val=output) // 2
-        read = {_storage(leaf) for leaf in leaves if isinstance(leaf, Tensor)}
+        read = {storage_of(leaf) for leaf in leaves if isinstance(leaf, Tensor)}
         for place, tensor in enumerate(pytree.tree_leaves(output)):
             # A view reads what was written before; only new memory, or changed one, has a new name.
-            if isinstance(tensor, Tensor) and (_storage(tensor) not in read or _changes(func)):
-                self._written[_storage(tensor)] = (name, place)
+            if not isinstance(tensor, Tensor):
+                continue
+            storage = storage_of(tensor)
+            if storage not in read or func._schema.is_mutable:
+                self._written[storage] = (name, place)
                 self._alive.append(tensor.untyped_storage())
         return output
 
     def _name(self, leaf: Any) -> Hashable:
         if not isinstance(leaf, Tensor):
             return str(leaf)
-        storage = _storage(leaf)
+        storage = storage_of(leaf)
         where = (tuple(leaf.shape), leaf.stride(), leaf.storage_offset())
         if storage in self._written:
             return (self._written[storage], where)
-        return (storage if storage in self._stored else _content(leaf), where)
-
-
-def _changes(func: Any) -> bool:
-    return any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)
-
-
-def _content(tensor: Tensor) -> Hashable:
-    content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return (str(tensor.dtype), content.numpy().tobytes())
-
-
-def _storage(tensor: Tensor) -> int:
-    address: int = tensor.untyped_storage()._cdata
-    return address
+        if storage in self._stored:
+            return (storage, where)
+        return (str(leaf.dtype), bytes(bytes_of(leaf)), where)

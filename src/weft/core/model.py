@@ -338,7 +338,6 @@ class MultiTaskModel(nn.Module):
         base = self._runner.base_tensors()
         state.patches, own = hardened(base, state.patches, own, shared)
         state.own = TensorTable(own)
-        self._runner.sweep()
         self._one_input.forget()
 
     def ledger(self, task: str) -> Ledger:

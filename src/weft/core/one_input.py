@@ -57,7 +57,7 @@ class OneInput:
         for name, state in states.items():
             pools.setdefault(self._runner.pool(state.sharing), []).append(name)
         outputs: dict[str, Any] = {}
-        shared = SharedInputs([batch] * 2)
+        shared = SharedInputs([batch, batch])  # there may be more than one forward
         waiting = list(pools.values())
         while waiting:
             names = waiting.pop()
@@ -115,7 +115,8 @@ class OneInput:
         if pool in self._wrapped:
             args, kwargs = pytree.tree_map_only(Tensor, lambda t: Variants.of({every: t}), batch)
         call, together = Call(context=context), Together(len(states))
-        tensors = bound_together([self._runner.compose(s) for s in states.values()], self._likeness)
+        tasks = list(states.values())
+        tensors = bound_together(tasks, [self._runner.compose(s) for s in tasks], self._likeness)
         with pool.lease() as structure:
             structure.set_mode(False, frozenset())
             structure.bind(tensors)

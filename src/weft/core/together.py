@@ -13,6 +13,8 @@ from torch.utils import _pytree as pytree
 
 from weft.errors import DataError
 
+from .memory import bytes_of
+from .state import TaskState
 from .variants import Members, Variants
 
 
@@ -53,56 +55,60 @@ class SharedInputs:
 
 
 class Likeness:
-    """Knows which tensors hold the same values, without comparing them again in every forward."""
+    """Knows which tensors are the same for tasks, from what they are made of.
+
+    What is made anew for every forward is never looked into; what tasks own is looked into once.
+    """
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[weakref.ref[Tensor], int, Hashable]] = {}
 
-    def together(self, values: Sequence[Tensor]) -> Tensor:
-        """One tensor for all tasks, or variants where their values differ.
+    def mark(self, name: str, state: TaskState, own: Mapping[str, Tensor]) -> Hashable:
+        """Equal for tasks whose tensors of this name are made of equal values in the same way.
 
         Args:
-            values: of the tasks, in order.
+            name: of the tensor.
+            state: the task.
+            own: its own tensors by key.
         """
-        first = values[0]
-        if all(value is first for value in values):
-            return first
-        found: dict[Hashable, tuple[Tensor, set[int]]] = {}
-        for task, value in enumerate(values):
-            found.setdefault(self._mark(value), (value, set()))[1].add(task)
-        if len(found) == 1:
-            return first
-        groups: dict[Members, Tensor] = {frozenset(tasks): v for v, tasks in found.values()}
-        return Variants.of(groups)
+        patch = state.patches.get(name)
+        if patch is not None:
+            return (patch, *(self._content(own[key]) for key in patch.keys(name) if key in own))
+        return self._content(own[name]) if name in own else None
 
-    def _mark(self, tensor: Tensor) -> Hashable:
-        """Equal for tensors of equal values; one that does not count its writes is like itself."""
+    def _content(self, tensor: Tensor) -> Hashable:
         if tensor.is_inference():
-            return id(tensor)
-        known = self._known.get(id(tensor))
+            return id(tensor)  # it does not count how often it is written to
+        here = id(tensor)
+        known = self._known.get(here)
         if known is not None and known[0]() is tensor and known[1] == tensor._version:
             return known[2]
-        content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest = hashlib.blake2b(content.numpy().data, digest_size=16).digest()
-        mark = (digest, tensor.dtype, tensor.shape, tensor.device)
-        here = id(tensor)
+        digest = hashlib.blake2b(bytes_of(tensor), digest_size=16).digest()
+        mark = (digest, tensor.dtype, tensor.shape)
         alive = weakref.ref(tensor, lambda _: self._known.pop(here, None))
         self._known[here] = (alive, tensor._version, mark)
         return mark
 
 
 def bound_together(
-    composed: Sequence[Mapping[str, Tensor]], likeness: Likeness
+    states: Sequence[TaskState], composed: Sequence[Mapping[str, Tensor]], likeness: Likeness
 ) -> dict[str, Tensor]:
     """What a structure is bound to for several tasks at once.
 
     Args:
+        states: the tasks.
         composed: of each task, every tensor that runs for it, by name.
         likeness: knows which are the same.
     """
-    return {
-        name: likeness.together([tensors[name] for tensors in composed]) for name in composed[0]
-    }
+    own = [state.own.to_dict() for state in states]
+    bound: dict[str, Tensor] = {}
+    for name, first in composed[0].items():
+        found: dict[Hashable, list[int]] = {}
+        for task, state in enumerate(states):
+            found.setdefault(likeness.mark(name, state, own[task]), []).append(task)
+        groups = {frozenset(tasks): composed[tasks[0]][name] for tasks in found.values()}
+        bound[name] = first if len(groups) == 1 else Variants.of(groups)
+    return bound
 
 
 def divided(tasks: Sequence[int], parts: Sequence[Members]) -> list[list[int]]:

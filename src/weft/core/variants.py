@@ -17,6 +17,8 @@ from torch._ops import OpOverload, OpOverloadPacket
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from .memory import storage_of
+
 Members = frozenset[int]
 """The numbers of some tasks."""
 
@@ -73,12 +75,8 @@ class Variants(Tensor):
 def value_for(task: int, value: Any) -> Any:
     """What a structure of values is for one task."""
 
-    def pick(leaf: Any) -> Any:
-        if not isinstance(leaf, Variants):
-            return leaf
-        return next(tensor for part, tensor in leaf.groups.items() if task in part)
-
-    return pytree.tree_map(pick, value)
+    part = frozenset({task})
+    return pytree.tree_map(lambda v: _value(v, part) if isinstance(v, Variants) else v, value)
 
 
 class Together(TorchFunctionMode):
@@ -165,9 +163,9 @@ class Together(TorchFunctionMode):
             raise TasksPartError(wrapped_helps=True)
         memory: dict[Members, Tensor] = {}
         for part in parts:
-            old: Tensor = value_for(next(iter(part)), args[0])
+            old = _value(args[0], part)
             if part not in args[0].groups:
-                self._abandoned[_storage(old)] = old
+                self._abandoned[storage_of(old)] = old
                 old = old.clone()
             memory[part] = old
         return memory
@@ -176,7 +174,7 @@ class Together(TorchFunctionMode):
         for leaf in leaves if self._abandoned else ():
             tensors = leaf.groups.values() if isinstance(leaf, Variants) else (leaf,)
             for tensor in tensors:
-                if isinstance(tensor, Tensor) and _storage(tensor) in self._abandoned:
+                if isinstance(tensor, Tensor) and storage_of(tensor) in self._abandoned:
                     raise TasksPartError
 
 
@@ -212,7 +210,9 @@ def _is_leaf(value: Any) -> bool:
 def _value(variants: Variants, part: Members) -> Tensor:
     """The value of some tasks that have it in common."""
     value = variants.groups.get(part)
-    return value_for(next(iter(part)), variants) if value is None else value
+    if value is None:
+        value = next(v for whole, v in variants.groups.items() if part <= whole)
+    return value
 
 
 def _joined(results: Mapping[Members, Any]) -> Any:
@@ -257,8 +257,3 @@ def _same(one: Any, other: Any) -> bool:
         return bool(one == other)
     except (ValueError, RuntimeError):  # arrays of numpy, for instance
         return False
-
-
-def _storage(tensor: Tensor) -> int:
-    address: int = tensor.untyped_storage()._cdata
-    return address

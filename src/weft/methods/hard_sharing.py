@@ -60,8 +60,7 @@ def hard_sharing(
         private = _named(base, own)
     patches: dict[str, Patch] = {n: Replace() for s in private for n in s.parameters + s.statistics}
     if batchnorm == "private":
-        normalised = [s for s in sites(base) if s.statistics]
-        patches |= {n: Replace() for s in normalised for n in s.parameters + s.statistics}
+        patches |= private_batchnorm(base)
     return Sharing(
         "hard_sharing",
         options={
@@ -72,6 +71,12 @@ def hard_sharing(
         patches=patches,
         train_shared=everything(base) - patches.keys(),
     )
+
+
+def private_batchnorm(base: nn.Module) -> dict[str, Patch]:
+    """Every task owns the normalisations that have running statistics, with them."""
+    normalised = [s for s in sites(base) if s.statistics]
+    return {n: Replace() for s in normalised for n in s.parameters + s.statistics}
 
 
 def _end(base: nn.Module, end: str, fraction: float) -> list[Site]:

@@ -11,12 +11,12 @@ from torch import nn
 from weft.adapters.block_policy import Draw, KeptOutput
 from weft.core.adapter import Insertion
 from weft.core.blocks import ResidualBlock, residual_blocks
-from weft.core.patch import Patch, Replace
+from weft.core.patch import Patch
 from weft.core.sharing import Group, Penalty, Phase, Turn
-from weft.core.sites import sites
 from weft.errors import PlanError
 from weft.penalties import PolicyForm, PolicySharing, PolicySparsity
 
+from .hard_sharing import private_batchnorm
 from .policy_course import ExecuteAll, FixPolicies, LearnPolicies
 
 FIXED = ("*:logits", "*:temperature", "*:execute", "*:gated")
@@ -129,8 +129,7 @@ class PolicyOptions:
 
     def patches(self, base: nn.Module) -> dict[str, Patch]:
         """What a task owns of the base: nothing, or all normalisations with running statistics."""
-        normalised = [s for s in sites(base) if s.statistics and self.batchnorm == "private"]
-        return {name: Replace() for s in normalised for name in s.parameters + s.statistics}
+        return private_batchnorm(base) if self.batchnorm == "private" else {}
 
     def penalties(self, blocks: tuple[str, ...]) -> tuple[Penalty, ...]:
         """What policies are charged while they are learned."""

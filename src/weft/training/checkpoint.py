@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from weft.core.memory import bytes_of
 from weft.core.model import MultiTaskModel
 from weft.core.sites import named_tensors
 from weft.core.state import unescape
@@ -126,8 +127,7 @@ def fingerprint(model: MultiTaskModel) -> str:
     total = 0
     for name, tensor in named_tensors(model.base):
         if name not in model.sharing.train_shared:
-            flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            total = zlib.crc32(flat.numpy().data, zlib.crc32(name.encode(), total))
+            total = zlib.crc32(bytes_of(tensor), zlib.crc32(name.encode(), total))
     return f"{total:08x}"
 
 
