@@ -136,11 +136,10 @@ def run_cell(config: Config, data: Path, name: str, cell: str, seed: int) -> Con
     torch.manual_seed(seed)
     base = problem.base()
     model = new_model(problem, base, settings, example, seed)
-    epochs = about["epochs"] * (2 if settings.get("twice") else 1)
     history = weft.fit(
         model,
         (batches["train"], batches["val"]),
-        epochs=epochs,
+        epochs=about["epochs"],
         steps=config.get("steps"),
         lr=config["lr"],
         optimizer="adamw",
@@ -160,7 +159,7 @@ def run_cell(config: Config, data: Path, name: str, cell: str, seed: int) -> Con
         "cell": cell,
         "seed": seed,
         "settings": settings,
-        "epochs": epochs,
+        "epochs": about["epochs"],
         "parameters": sum(p.numel() for p in base.parameters()),
         "tasks": {
             task: {

@@ -88,10 +88,9 @@ def dynashare_tables(folder: Path) -> None:
                 for task, metrics in wanted.items()
                 for metric in metrics
             }
-            for reference in ("single", "single_twice"):
-                alone = {r["seed"]: r for r in cells.get(reference, [])}
-                if seeds <= set(alone):
-                    columns[f"Delta_T to {reference}"] = improvement(wanted, alone, split)
+            alone = {r["seed"]: r for r in cells.get("single", [])}
+            if seeds <= set(alone):
+                columns["Delta_T to single"] = improvement(wanted, alone, split)
             print(f"\n**{name}: {split} scores times 100, last epoch; Delta_T in %**\n")
             print(table(cells, order, columns))
         print(f"\n**{name}: executed blocks in %, and cost in % of plain sharing**\n")

@@ -66,6 +66,33 @@ class InlineAdapter(Adapter, ABC):
         """
 
 
+class RowwiseAdapter(InlineAdapter, ABC):
+    """An inline adapter that also serves rows of different tasks at once.
+
+    An inline adapter of another kind runs task by task where rows of several tasks meet.
+    """
+
+    @abstractmethod
+    def forward_rows(
+        self,
+        own: Mapping[str, Tensor],
+        call: Call,
+        site: str,
+        inner: Callable[..., Any],
+        *args: Any,
+    ) -> Any:
+        """The site's new output for a batch whose rows belong to different tasks.
+
+        Args:
+            own: by name, those of this module's tensors that differ between the tasks,
+                (rows, *shape): for each row that of its task.
+            call: records and context of this forward.
+            site: the name of the site.
+            inner: the site itself.
+            args: the positional inputs of the site, rows first.
+        """
+
+
 class SideAdapter(Adapter, ABC):
     """An adapter that records a feature and never alters the trunk."""
 

@@ -15,8 +15,10 @@ from .adapter import Records
 from .checks import adapter_tensors, check_plan
 from .folding import fold
 from .ledger import Ledger, gate_scores, hardened, make_ledger
+from .mixed_rows import MixedRows
 from .one_input import OneInput
 from .rows import (
+    Answer,
     Arguments,
     Rows,
     assemble,
@@ -83,6 +85,7 @@ class MultiTaskModel(nn.Module):
         self._names = canonical_names(self.base)
         self._runner = Runner(self.base, self.shared, output)
         self._one_input = OneInput(self._runner)
+        self._mixed_rows = MixedRows(self._runner)
         self.register_load_state_dict_post_hook(_restore_ties)  # type: ignore[no-untyped-call]
 
     # ------------------------------------------------------------------ tasks
@@ -193,8 +196,12 @@ class MultiTaskModel(nn.Module):
         if isinstance(names, str):
             return self._run({names: batch}, context)[0][names]
         found = places(names)
-        parts = {name: select_rows(batch, index, rows) for name, index in found.items()}
-        return assemble(self._run(parts, context)[0], found)
+        if self.training or torch.compiler.is_compiling():
+            parts = {name: select_rows(batch, index, rows) for name, index in found.items()}
+            outputs = self._run(parts, context)[0]
+            return assemble([Answer((name,), found[name], outputs[name]) for name in found])
+        states = {name: self._state(name) for name in found}
+        return assemble(self._mixed_rows.run(states, found, batch, rows, self._checked(context)))
 
     def predict_all(
         self, *inputs: Any, context: Mapping[str, Any] | None = None, **kwargs: Any
@@ -395,7 +402,11 @@ class MultiTaskModel(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        for name in ("_runner", "_one_input"):  # structures are made anew, never copied or stored
+        for name in (
+            "_runner",
+            "_one_input",
+            "_mixed_rows",
+        ):  # structures are made anew, never copied or stored
             del state[name]
         return state
 
@@ -403,6 +414,7 @@ class MultiTaskModel(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._runner = Runner(self.base, self.shared, self.output)
         self._one_input = OneInput(self._runner)
+        self._mixed_rows = MixedRows(self._runner)
 
     def extra_repr(self) -> str:
         """The plan and the tasks, for ``print(model)``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -163,37 +164,52 @@ def _describe(output: Any) -> str:
     return f"a {type(output).__name__}"
 
 
-def assemble(outputs: Mapping[str, Any], rows: Mapping[str, Tensor]) -> Tensor | list[Any]:
-    """Outputs of groups of rows, back in row order.
+@dataclass(frozen=True)
+class Answer:
+    """The output of some rows of a batch.
 
     Args:
-        outputs: by task, the output for that task's rows, rows first.
-        rows: by task, the rows' places in the batch.
+        tasks: whose rows they are.
+        places: (rows,) their places in the batch.
+        output: of a head, rows first.
+    """
+
+    tasks: tuple[str, ...]
+    places: Tensor
+    output: Any
+
+
+def assemble(answers: Sequence[Answer]) -> Tensor | list[Any]:
+    """The outputs of all rows, in row order.
+
+    Args:
+        answers: each row in one of them.
 
     Returns:
         One tensor if all outputs agree in shape and type, otherwise a list of rows.
 
     Raises:
-        DataError: an output does not have the task's rows first.
+        DataError: an output does not have its rows first.
     """
-    for name, output in outputs.items():
-        for leaf in pytree.tree_leaves(output):
-            if isinstance(leaf, Tensor) and leaf.shape[:1] != rows[name].shape:
+    for answer in answers:
+        for leaf in pytree.tree_leaves(answer.output):
+            if isinstance(leaf, Tensor) and leaf.shape[:1] != answer.places.shape:
                 raise DataError(
-                    f"A task per row needs outputs with rows first; the head of '{name}' gave "
-                    f"shape {tuple(leaf.shape)} for {len(rows[name])} rows."
+                    "A task per row needs outputs with rows first; the head of "
+                    f"'{answer.tasks[0]}' gave shape {tuple(leaf.shape)} for "
+                    f"{len(answer.places)} rows."
                 )
-    tensors = [output for output in outputs.values() if isinstance(output, Tensor)]
-    if not outputs:
+    if not answers:
         return []
-    order = torch.cat([*rows.values()])
-    if len(tensors) == len(outputs) and len({(t.shape[1:], t.dtype) for t in tensors}) == 1:
-        joined = torch.cat(tensors)
+    order = torch.cat([answer.places for answer in answers])
+    tensors = [answer.output for answer in answers if isinstance(answer.output, Tensor)]
+    if len(tensors) == len(answers) and len({(t.shape[1:], t.dtype) for t in tensors}) == 1:
+        joined = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
         inverse = torch.empty_like(order)
         inverse[order] = torch.arange(len(order))
         return joined.index_select(0, inverse.to(joined.device))
     result: list[Any] = [None] * len(order)
-    for name, index in rows.items():
-        for i, place in enumerate(index.tolist()):
-            result[place] = pytree.tree_map_only(Tensor, operator.itemgetter(i), outputs[name])
+    for answer in answers:
+        for i, place in enumerate(answer.places.tolist()):
+            result[place] = pytree.tree_map_only(Tensor, operator.itemgetter(i), answer.output)
     return result

@@ -67,15 +67,32 @@ class Runner:
         A task whose own plan trains nothing shared reads shared tensors as constants, also in a
         model whose plan trains them.
         """
+        tensors = self.tensors_read(state)
+        return {**tensors, **self.changes(state, tensors)}
+
+    def tensors_read(self, state: TaskState) -> dict[str, Tensor]:
+        """The base's tensors as a task reads them, by name."""
         tensors = self.base_tensors()
-        if not state.sharing.trains_shared:
-            tensors = {n: t.detach() if t.requires_grad else t for n, t in tensors.items()}
+        if state.sharing.trains_shared:
+            return tensors
+        return {n: t.detach() if t.requires_grad else t for n, t in tensors.items()}
+
+    def changes(self, state: TaskState, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a task that are not the base's, by name.
+
+        Args:
+            state: the task.
+            base: the base's tensors by name, as the task reads them.
+        """
         own = {**self._shared.to_dict(), **state.own.to_dict()}
+        found: dict[str, Tensor] = {}
         for name, patch in state.patches.items():
-            tensors[name] = patch.compose(name, tensors[name], own)
+            value = patch.compose(name, base[name], own)
+            # Own tensors may be kept in half precision.
+            found[name] = value if value.dtype == base[name].dtype else value.to(base[name].dtype)
         for name in self.pool(state.sharing).adapter_names:
-            tensors[name] = own[name]
-        return tensors
+            found[name] = own[name]
+        return found
 
     def writable(self, state: TaskState) -> frozenset[str]:
         """Names of the buffers that a forward of the task may change in training mode."""
@@ -121,6 +138,12 @@ class Runner:
                     outputs[name] = state.head(*read)
                 records[name] = call.records
         return outputs, records
+
+    def features(
+        self, state: TaskState, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Tensor:
+        """What a task's head reads, in eval mode."""
+        return self._features(state, args, kwargs, Call(), training=False)[0]
 
     def dry_run(self, state: TaskState, example: Any) -> None:
         """Build a task's head from one batch for the base."""

@@ -8,7 +8,7 @@ may still run parts of it again (activation checkpointing), until that backward 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -119,6 +119,8 @@ class Structure:
         self.statistics = statistics_modules(self.module)
         self._modules = dict(self.module.named_modules())
         self._slots = tensor_slots(self.module)
+        self._held: dict[int, list[tuple[dict[str, nn.Module | None], str]]] | None = None
+        self._replaced: list[tuple[dict[str, nn.Module | None], str, nn.Module]] = []
         own_buffers = {n for names in self.statistics.values() for n in names}
         self._foreign = frozenset(n for n, _ in buffers_of(self._slots)) - own_buffers
         self.inserted: dict[str, Inserted] = {}
@@ -158,6 +160,16 @@ class Structure:
             self._slots.append((f"{site}{SLOT}{name}", table, attribute))
         self.inserted[site] = inserted
 
+    @property
+    def slots(self) -> Sequence[Slot]:
+        """Every place that holds a tensor."""
+        return self._slots
+
+    def parts(self) -> dict[str, nn.Module]:
+        """The modules inside by path; what is inserted at a site by the site's path and a colon."""
+        modules = {path: module for path, module in self._modules.items() if path}
+        return modules | {f"{site}{SLOT}": module for site, module in self.inserted.items()}
+
     # ---------------------------------------------------------------- binding
 
     def set_mode(self, training: bool, writable: frozenset[str]) -> None:
@@ -181,8 +193,14 @@ class Structure:
         guarded = self._foreign - writable
         self._guarded = [slot for slot in self._buffer_slots if slot[0] in guarded]
 
+    @property
+    def guarded(self) -> frozenset[str]:
+        """Names of the buffers of which forwards get copies."""
+        return self._foreign - self._writable
+
     def bind(self, tensors: Mapping[str, Tensor]) -> None:
         """Write one task's tensors into the slots: one dictionary write each."""
+        self._restore()
         self._bound = tensors
         for name, table, attribute in self._slots:
             table[attribute] = tensors[name]
@@ -191,9 +209,35 @@ class Structure:
 
     def unbind(self) -> None:
         """Empty all slots, so that a forgotten tensor raises instead of computing nonsense."""
+        self._restore()
         self._bound = {}
         for _, table, attribute in self._slots:
             table.pop(attribute, None)
+
+    def replace(self, module: nn.Module, by: nn.Module) -> None:
+        """Put another module in the place of one of this structure, until tensors are bound anew.
+
+        Args:
+            module: one of `modules`.
+            by: what its parents call in its place.
+        """
+        for table, name in self._holders()[id(module)]:
+            self._replaced.append((table, name, module))
+            table[name] = by
+
+    def _restore(self) -> None:
+        while self._replaced:
+            table, name, module = self._replaced.pop()
+            table[name] = module
+
+    def _holders(self) -> dict[int, list[tuple[dict[str, nn.Module | None], str]]]:
+        """By the identity of a child, every place that holds it."""
+        if self._held is None:
+            self._held = {}
+            for parent in self.module.modules():
+                for name, child in parent._modules.items():
+                    self._held.setdefault(id(child), []).append((parent._modules, name))
+        return self._held
 
     def _guard_buffers(self) -> None:
         if self._holds_copies:

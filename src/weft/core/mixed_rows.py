@@ -1,0 +1,302 @@
+"""A batch whose rows belong to different tasks: one forward for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from weft.errors import WeftError
+
+from .adapter import Call
+from .forms import form_of, skeleton
+from .mixing import Group, Mixing
+from .pool import Pool
+from .rows import Answer, Arguments, select_output, select_rows
+from .rowwise import RowsUnknownError
+from .sites import named_tensors
+from .state import TaskState
+
+if TYPE_CHECKING:
+    from .running import Runner
+
+
+COMPARED = 4
+"""Tasks of which a row is compared where a new way to part rows is used for the first time."""
+
+
+class MixedRows:
+    """Runs batches of rows of different tasks.
+
+    Args:
+        runner: of the model.
+    """
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self._mixing = Mixing()
+        self._heads: dict[Hashable, Pool] = {}
+        self._apart: WeakSet[Pool] = WeakSet()
+        self._verified: set[Hashable] = set()
+
+    def run(
+        self,
+        states: Mapping[str, TaskState],
+        places: Mapping[str, Tensor],
+        batch: Arguments,
+        rows: int,
+        context: Mapping[str, Any],
+    ) -> list[Answer]:
+        """The outputs of all rows, in eval mode.
+
+        Args:
+            states: by name, the tasks.
+            places: by name, the places of their rows in the batch.
+            batch: the inputs of the base, rows first.
+            rows: how many there are.
+            context: handed to adapters.
+
+        Returns:
+            Each row's output in one of the answers.
+        """
+        pools: dict[Pool, list[str]] = {}
+        for name, state in states.items():
+            pools.setdefault(self._runner.pool(state.sharing), []).append(name)
+        answers: list[Answer] = []
+        for pool, names in pools.items():
+            some = {name: states[name] for name in sorted(names, key=lambda n: _like(states[n]))}
+            answers += self._of_one_pool(pool, some, places, batch, rows, context)
+        return answers
+
+    def _of_one_pool(
+        self,
+        pool: Pool,
+        states: Mapping[str, TaskState],
+        places: Mapping[str, Tensor],
+        batch: Arguments,
+        rows: int,
+        context: Mapping[str, Any],
+    ) -> list[Answer]:
+        order = torch.cat([places[name] for name in states])
+        in_order = len(order) == rows and torch.equal(order, torch.arange(rows))
+        parts = batch if in_order else select_rows(batch, order, rows)
+        if len(states) > 1 and pool not in self._apart and self._can_mix(states, context):
+            try:
+                return self._together(pool, states, places, parts)
+            except RowsUnknownError:
+                pass
+            except (WeftError, torch.OutOfMemoryError):
+                raise
+            except Exception:
+                # A parent that reads a child's tensors finds none. Task by task it runs as ever; an
+                # error of the base itself shows there.
+                answers = self._one_by_one(states, places, parts, len(order), context)
+                self._apart.add(pool)
+                return answers
+        return self._one_by_one(states, places, parts, len(order), context)
+
+    def _can_mix(self, states: Mapping[str, TaskState], context: Mapping[str, Any]) -> bool:
+        """Whether one forward can be right: no context, and shared tensors are read in one way."""
+        constant = {not state.sharing.trains_shared for state in states.values()}
+        return not context and (len(constant) == 1 or not torch.is_grad_enabled())
+
+    def _one_by_one(
+        self,
+        states: Mapping[str, TaskState],
+        places: Mapping[str, Tensor],
+        batch: Arguments,
+        rows: int,
+        context: Mapping[str, Any],
+    ) -> list[Answer]:
+        """A forward for each task, on its rows."""
+        parts = {}
+        for name, (start, stop) in _bounds(states, places).items():
+            parts[name] = select_rows(batch, torch.arange(start, stop), rows)
+        outputs, _ = self._runner.run(states, parts, context, training=False)
+        return [Answer((name,), places[name], outputs[name]) for name in states]
+
+    # --------------------------------------------------------------- together
+
+    def _together(
+        self,
+        pool: Pool,
+        states: Mapping[str, TaskState],
+        places: Mapping[str, Tensor],
+        batch: Arguments,
+    ) -> list[Answer]:
+        """One forward for all tasks of one kind of structure; their rows follow one another.
+
+        Raises:
+            RowsUnknownError: they have to run one by one.
+        """
+        base = self._runner.tensors_read(next(iter(states.values())))
+        bounds = _bounds(states, places)
+        groups = [
+            Group(*bounds[name], self._runner.changes(state, base))
+            for name, state in states.items()
+        ]
+        complete = {**base, **groups[0].tensors}
+        args, kwargs = batch
+        with self._mixing.bound(pool, complete, groups, batch) as (structure, how):
+            call = Call()
+            with self._runner.shapes_explained(args, kwargs):
+                output = structure.run(args, kwargs, call)
+            features = select_output(output, self._runner.output)
+            if features.shape[:1] != (groups[-1].stop,):
+                raise RowsUnknownError
+            if features is not output and torch.is_grad_enabled():
+                structure.await_backward(features)
+        self._verify(pool, how, states, bounds, batch, features)
+        side = self._taps(pool, states, groups, complete, call)
+        return self._heads_on(states, places, bounds, features, side)
+
+    def _verify(
+        self,
+        pool: Pool,
+        how: Hashable,
+        states: Mapping[str, TaskState],
+        bounds: Mapping[str, tuple[int, int]],
+        batch: Arguments,
+        features: Tensor,
+    ) -> None:
+        """Compare what a new way to part rows gives with what tasks give on their own, once.
+
+        Raises:
+            RowsUnknownError: they differ.
+        """
+        if (pool, how) in self._verified:
+            return
+        rows = len(features)
+        with torch.no_grad():
+            for name in (*states,)[:: -(-len(states) // COMPARED)]:
+                start = bounds[name][0]
+                args, kwargs = select_rows(batch, torch.tensor([start]), rows)
+                alone = self._runner.features(states[name], args, kwargs)
+                if not _agree(features[start : start + 1], alone):
+                    self._apart.add(pool)
+                    raise RowsUnknownError
+        self._verified.add((pool, how))
+
+    def _taps(
+        self,
+        pool: Pool,
+        states: Mapping[str, TaskState],
+        groups: Sequence[Group],
+        complete: Mapping[str, Tensor],
+        call: Call,
+    ) -> dict[str, dict[str, Tensor]]:
+        """By task whose head reads side sites, what it reads."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for (name, state), group in zip(states.items(), groups, strict=True):
+            if state.task.taps:
+                mine = {
+                    site: {"feature": record["feature"][group.start : group.stop]}
+                    for site, record in call.records.items()
+                    if "feature" in record
+                }
+                with pool.lease() as structure:
+                    structure.bind({**complete, **group.tensors})
+                    found[name] = structure.taps(mine)
+        return found
+
+    # ------------------------------------------------------------------ heads
+
+    def _heads_on(
+        self,
+        states: Mapping[str, TaskState],
+        places: Mapping[str, Tensor],
+        bounds: Mapping[str, tuple[int, int]],
+        features: Tensor,
+        side: Mapping[str, Mapping[str, Tensor]],
+    ) -> list[Answer]:
+        """The outputs of all heads; heads of one form run together."""
+        forms: dict[Hashable, list[str]] = {}
+        for name, state in states.items():
+            start, stop = bounds[name]
+            state.build_head(features[start:stop], self._runner.reference())
+            forms.setdefault(name if state.task.taps else form_of(state.head), []).append(name)
+        answers = []
+        for form, names in forms.items():
+            mine = _rows_of(features, [bounds[name] for name in names])
+            head = states[names[0]].head
+            where = torch.cat([places[name] for name in names])
+            if head is None:
+                output: Any = mine
+            elif len(names) == 1:
+                read = (mine, side[names[0]]) if names[0] in side else (mine,)
+                output = head(*read)
+            else:
+                heads = [states[name].head for name in names]
+                lengths = [bounds[name][1] - bounds[name][0] for name in names]
+                try:
+                    output = self._alike(form, heads, lengths, mine)
+                except RowsUnknownError:
+                    parts = zip(heads, mine.split(lengths), names, strict=True)
+                    answers += [Answer((n,), places[n], h(x)) for h, x, n in parts if h is not None]
+                    continue
+            answers.append(Answer(tuple(names), where, output))
+        return answers
+
+    def _alike(
+        self,
+        form: Hashable,
+        heads: Sequence[nn.Module | None],
+        lengths: Sequence[int],
+        features: Tensor,
+    ) -> Any:
+        """Heads of one form on their rows, which follow one another.
+
+        Raises:
+            RowsUnknownError: they have to run one by one.
+        """
+        tensors = [dict(named_tensors(nn.Sequential(head))) for head in heads if head is not None]
+        pool = self._heads.get(form)
+        if pool is None:
+            first = next(head for head in heads if head is not None)
+            pool = self._heads[form] = Pool(skeleton(nn.Sequential(first)), {})
+        groups, start = [], 0
+        for own, length in zip(tensors, lengths, strict=True):
+            groups.append(Group(start, start + length, own))
+            start += length
+        batch: Arguments = ((features,), {})
+        with self._mixing.bound(pool, tensors[0], groups, batch) as (structure, _):
+            output = structure.run(*batch, Call())
+        if isinstance(output, Tensor) and output.shape[:1] == features.shape[:1]:
+            return output
+        raise RowsUnknownError
+
+
+def _like(state: TaskState) -> tuple[str, ...]:
+    """Tasks that own the same tensors stand side by side, so that fewer runs share the others."""
+    return tuple(state.patches)
+
+
+def _bounds(
+    states: Mapping[str, TaskState], places: Mapping[str, Tensor]
+) -> dict[str, tuple[int, int]]:
+    found, start = {}, 0
+    for name in states:
+        found[name] = (start, start + len(places[name]))
+        start += len(places[name])
+    return found
+
+
+def _rows_of(features: Tensor, bounds: Sequence[tuple[int, int]]) -> Tensor:
+    """Some ranges of rows, one after another; no copy if they are neighbours."""
+    start, stop = bounds[0][0], bounds[-1][1]
+    if sum(b - a for a, b in bounds) == stop - start:
+        return features[start:stop]
+    return torch.cat([features[a:b] for a, b in bounds])
+
+
+def _agree(one: Tensor, other: Tensor) -> bool:
+    """Whether two outputs are the same but for rounding."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if not one.is_floating_point():
+        return torch.equal(one, other)
+    allowed = torch.finfo(one.dtype).eps ** 0.5 * other.abs().amax()
+    return bool(torch.allclose(one, other, rtol=0.0, atol=float(allowed), equal_nan=True))
