@@ -8,6 +8,7 @@ from .core.sharing import Sharing
 from .core.task import Task
 from .core.view import View
 from .errors import WeftError
+from .exporting import export
 from .joint import efficient_joint, pretrain
 from .methods.adashare import adashare
 from .methods.baselines import bias_only, full_finetune, linear_probe
@@ -56,6 +57,7 @@ __all__ = [
     "dynashare",
     "efficient_joint",
     "evaluate",
+    "export",
     "fit",
     "full_finetune",
     "hard_sharing",

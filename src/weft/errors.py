@@ -34,6 +34,10 @@ class ConfigError(WeftError, ValueError):
     """A configuration names something that does not exist or has a wrong value."""
 
 
+class ExportError(WeftError, RuntimeError):
+    """A task cannot leave: it has no graph, a check failed, or its file cannot be written."""
+
+
 class TrainingError(WeftError, RuntimeError):
     """Training cannot go on, for instance because a loss is not finite."""
 

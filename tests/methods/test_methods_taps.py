@@ -200,7 +200,9 @@ def test_the_score_gradient_is_right_for_any_size_and_layout(size: int, layout: 
     (GatedTuned("s").compose("w", base, tensors) * weights).sum().backward()
     exact = (weights.double() * (tuned.double() - base.double())).sum()
     scale = (weights.double() * (tuned.double() - base.double())).norm()
-    assert abs(float(score.grad) - float(exact.detach())) < 1e-3 * float(scale.detach())
+    rounding = 3e-8 * weights.double().norm() * tuned.double().norm()  # of two dot products
+    allowed = 1e-3 * scale + (rounding if size > gated.SMALL else 0.0)
+    assert abs(float(score.grad) - float(exact.detach())) < float(allowed.detach())
 
 
 # Optimiser steps until a gate without task gradient closes: N = 52, momentum 0.9, gradients of

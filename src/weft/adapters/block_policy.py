@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from weft.core.adapter import Adapter, Call, InlineAdapter, Insertion
@@ -164,7 +165,21 @@ class PolicyAdapter(InlineAdapter, ABC):
             )
         if self._by_logits() if learned else self.execute:
             return self.folded(site)
-        return site.get_submodule(self._shortcut) if self._shortcut else nn.Identity()
+        around = site.get_submodule(self._shortcut) if self._shortcut else nn.Identity()
+        return around if len(inspect.signature(site.forward).parameters) == 1 else _first(around)
+
+
+def _first(around: nn.Module) -> nn.Module:
+    """A module of PyTorch's that calls another one on its first input, whatever else it is given.
+
+    Blocks of transformers are handed masks and the like, which a layer does not take.
+    """
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    graph.placeholder("*args")
+    graph.placeholder("**kwargs")
+    graph.output(graph.call_module("around", (x,)))
+    return fx.GraphModule(nn.ModuleDict({"around": around}), graph, "First")
 
 
 @final

@@ -20,7 +20,7 @@ from weft.errors import BankError, close_matches
 from .bundles import decode_ledger, read_entry, timestamp, write_bundle
 from .checking import well_formed
 from .documents import plain
-from .fingerprint import MarkCache, base_entry, without_values
+from .fingerprint import MarkCache, base_entry, difference, without_values
 from .loading import Loader, Output
 from .shared import SharedCache, shared_state
 from .store import Store
@@ -62,7 +62,7 @@ class Bank:
             BankError: the folder is something else than a bank.
         """
         with self._store.reading():
-            added = {name: self._added(name) or "~" for name in self._names()}
+            added = {name: self._store.added(name) or "~" for name in self._names()}
         return tuple(sorted(added, key=lambda name: (added[name], name)))
 
     def _names(self) -> list[str]:
@@ -100,6 +100,15 @@ class Bank:
         with self._store.reading():
             return read_entry(self._store.place(task), task)
 
+    def stamp(self, task: str) -> tuple[int, ...]:
+        """What changes whenever a task is saved again, read without opening its bundle.
+
+        Raises:
+            BankError: there is no such task.
+        """
+        with self._store.reading():
+            return self._store.stamp(task)
+
     def ledger(self, task: str) -> Ledger:
         """The task's ledger as it was saved.
 
@@ -117,6 +126,24 @@ class Bank:
         """
         with self._store.reading():
             return copy.deepcopy(self._store.base())
+
+    def check_base(self, base: nn.Module) -> None:
+        """Refuse a base that the tasks here do not stand on; cheaper than loading one of them.
+
+        Args:
+            base: the base; its tensors are hashed.
+
+        Raises:
+            BankError: says what differs; or the folder is no bank.
+        """
+        with self._store.reading():
+            known = self._store.marks()
+        wrong = difference(known, self._marks.marks(base, anew=True))
+        if wrong:
+            raise BankError(
+                f"The tasks of {self.path} stand on another base than this one: {wrong}. "
+                "Hand in the base that they were trained on."
+            )
 
     def verify(self, base: nn.Module | None = None) -> list[Problem]:
         """Read everything and compare it with what was saved.

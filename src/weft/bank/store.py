@@ -10,6 +10,7 @@ shared/<hash>.safetensors      what the tasks of one model trained or added toge
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,13 +23,14 @@ from weft.core.task import check_task_name
 from weft.errors import BankError, TaskError, close_matches
 
 from . import files
-from .bundles import read_entry
+from .bundles import BUNDLE, read_entry
 from .documents import read_document, render
 from .fingerprint import Marks, difference, fingerprint, merge
 from .shared import SharedState
 from .tensors import read_tensors
 
 BANK, TASKS, SHARED = "bank.json", "tasks", "shared"
+_ADDED = re.compile(rb'^ "added": "([^"]*)",$', re.MULTILINE)
 _OURS = {BANK, TASKS, SHARED, files.LOCK, files.STAGING}
 
 
@@ -93,10 +95,27 @@ class Store:
         self._refuse_link(place)
         if not place.is_dir():
             names = self.names()
-            have = ", ".join(names) or "none yet"
+            have = ", ".join(names[:20]) + (", …" if len(names) > 20 else "") or "none yet"
             hint = close_matches(task, names)
             raise BankError(f"There is no task '{task}' in {self.root}. Tasks: {have}.{hint}")
         return place
+
+    def added(self, task: str) -> str:
+        """When a task was first saved, or "" if that cannot be read.
+
+        Looks at the beginning of the bundle only, unchecked: to list a bank is not to read it.
+        """
+        place = files.current(self.root / TASKS / task)
+        try:
+            with files.opened(place / BUNDLE) as file:
+                found = _ADDED.search(file.read(1 << 11))
+        except (BankError, OSError):
+            return ""
+        return found[1].decode(errors="replace") if found else ""
+
+    def stamp(self, task: str) -> tuple[int, ...]:
+        """What changes whenever a task is saved again."""
+        return _stamp(self.place(task) / BUNDLE)
 
     def bank(self) -> dict[str, Any]:
         """The content of ``bank.json``.
@@ -112,8 +131,7 @@ class Store:
                 f"{self.root} is no bank: it has no {BANK}. Check the path. If it was a bank, save "
                 "one of its tasks into it again: the other bundles stay."
             )
-        status = path.lstat()
-        stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
+        stamp = _stamp(path)
         if self._bank is None or self._bank[0] != stamp:
             self._bank = (stamp, read_document(path, "bank"))
         return self._bank[1]
@@ -289,6 +307,11 @@ class Store:
                 f"{path} is a symbolic link, which a bank does not follow. "
                 "Put the folder itself there."
             )
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    status = path.lstat()
+    return (status.st_mtime_ns, status.st_size, status.st_ino)
 
 
 def folded(name: str) -> str:

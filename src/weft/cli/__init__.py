@@ -19,7 +19,9 @@ from weft.reporting import report as write_report
 
 from .banks import bank_app
 from .experiments import eval_command, fold, train_command
+from .exporting import export_command
 from .output import AsJson, BankPath, out, plain, print_json
+from .serving import serve
 
 app = typer.Typer(
     help="One base network, many tasks: learn what each task owns and what it shares.",
@@ -109,6 +111,8 @@ def doctor(as_json: AsJson = False) -> None:
 app.command("train")(train_command)
 app.command("eval")(eval_command)
 app.command("fold")(fold)
+app.command("serve")(serve)
+app.command("export")(export_command)
 app.add_typer(bank_app, name="bank")
 
 __all__ = ["app", "main"]

@@ -8,16 +8,15 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import save_file
 
 from weft.assembly import Folder
-from weft.bank import Bank
 from weft.config import read
 from weft.dry_run import PlannedTask, dry_run
 from weft.errors import ConfigError
 from weft.experiment import evaluate_stored, train
-from weft.pretraining import trained_base
+from weft.exporting import export
 
+from .exporting import stored_task
 from .output import AsJson, Config, Overrides, out, plain, print_json
 
 
@@ -75,17 +74,9 @@ def fold(
     """Write one task as a plain state dict: base.* for the network, head.* for the head."""
     if output.suffix != ".safetensors":
         raise ConfigError(f"--output is a .safetensors file, found '{output}'.")
-    experiment = read(config, overrides or ())
-    base, _ = trained_base(experiment)
-    folder = Folder(Path(experiment.output))
-    model = Bank(folder.bank).load(base, task, output=experiment.base.output)
-    tensors = {f"base.{n}": t for n, t in model.fold(task).state_dict().items()}
-    head = model.head(task)
-    if head is not None:
-        tensors |= {f"head.{n}": t for n, t in head.state_dict().items()}
-    # Tied tensors are written under each of their names.
-    save_file({n: t.detach().clone().contiguous() for n, t in tensors.items()}, output)
-    out.print(f"Wrote {plain(str(output))}: {len(tensors)} tensors.")
+    model, _ = stored_task(config, overrides, task)
+    path = export(model, task, output)
+    out.print(f"Wrote {plain(str(path))}.")
 
 
 def _show_results(results: dict[str, dict[str, Any]]) -> None:

@@ -26,6 +26,10 @@ Kernel = Callable[..., Any]
 """A function of the layer, own tensors and its arguments, rows first: what the layer gives."""
 
 
+LAYER_NORMS = ("timm.layers.norm.LayerNorm", "timm.layers.norm.LayerNormFp32")
+"""Classes of other libraries that compute what PyTorch's own layer does."""
+
+
 def kernel_for(layer: nn.Module, own: frozenset[str]) -> Kernel | None:
     """The kernel of a layer whose tensors of these attributes differ between tasks.
 
@@ -42,6 +46,42 @@ def kernel_for(layer: nn.Module, own: frozenset[str]) -> Kernel | None:
 def copies_weights(layer: nn.Module, own: frozenset[str]) -> bool:
     """Whether the kernel of a layer needs a matrix for every row, and not only vectors."""
     return "weight" in own and _multiplies(layer)
+
+
+def alone(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What a module gives for rows of one task, without gradients.
+
+    For one small image PyTorch does not take oneDNN's convolution, which is twice as fast here.
+    """
+    if is_one_image(layer, *args) and not kwargs:
+        convolution: Any = layer
+        x = args[0]
+        return torch.mkldnn_convolution(
+            x,
+            convolution.weight,
+            convolution.bias,
+            convolution.padding,
+            convolution.stride,
+            convolution.dilation,
+            convolution.groups,
+        )
+    return layer(*args, **kwargs)
+
+
+@singledispatch
+def is_one_image(layer: nn.Module, *args: Any) -> bool:  # noqa: ARG001
+    """Whether a call is a plain convolution of one small image on the CPU."""
+    return False
+
+
+@is_one_image.register
+def _(layer: nn.Conv2d, *args: Any) -> bool:
+    x = args[0]
+    plain = is_plain(layer) and layer.padding_mode == "zeros" and not layer._forward_hooks
+    small = x.dim() == 4 and x.shape[0] == 1 and x.numel() <= 20480
+    fits = x.device.type == "cpu" and x.dtype == torch.float32 and x.dtype == layer.weight.dtype
+    known = not isinstance(layer.padding, str) and layer.groups == 1
+    return plain and small and fits and known and torch.backends.mkldnn.is_available()
 
 
 @singledispatch
@@ -65,7 +105,7 @@ def _batch_norm(layer: _BatchNorm, own: Own, x: Tensor) -> Tensor:
     The layer itself runs, so that a class of another library also activates what it normalised.
     """
     last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    if last and is_plain(layer):
+    if is_plain(layer) and (last or torch.compiler.is_compiling()):
         return _scaled(layer, own, x)
     rows, channels = x.shape[:2]
     names = ("running_mean", "running_var", "weight", "bias")
@@ -100,23 +140,24 @@ def _scaled(layer: _BatchNorm, own: Own, x: Tensor) -> Tensor:
     scale = (var + layer.eps).rsqrt()
     scale = scale if weight is None else scale * weight
     shift = -mean * scale if bias is None else bias - mean * scale
-    return torch.addcmul(_wide(shift), x, _wide(scale))
+    return torch.addcmul(_over(shift, x), x, _over(scale, x))
 
 
-def _wide(each: Tensor) -> Tensor:
-    """(rows, C) or (C,) over places."""
-    return each[..., None, None]
+def _over(channels: Tensor, x: Tensor) -> Tensor:
+    """(rows, C) or (C,) over the places of (rows, C, ...)."""
+    return channels.reshape(*channels.shape, *(1,) * (x.dim() - 2))
 
 
 @_kernel.register
 def _(layer: nn.LayerNorm, own: frozenset[str]) -> Kernel | None:  # noqa: ARG001
-    return _layer_norm if is_plain(layer) else None
+    kind = type(layer)
+    same = is_plain(layer) or f"{kind.__module__}.{kind.__qualname__}" in LAYER_NORMS
+    return _layer_norm if same else None
 
 
 def _layer_norm(layer: nn.LayerNorm, own: Own, x: Tensor) -> Tensor:
     y = F.layer_norm(x, layer.normalized_shape, None, None, layer.eps)
-    places = x.dim() - 1 - len(layer.normalized_shape)
-    return _affine(y, own, layer.weight, layer.bias, places)
+    return _affine(y, _each(layer, own, "weight"), _each(layer, own, "bias"))
 
 
 @_kernel.register
@@ -126,19 +167,26 @@ def _(layer: nn.RMSNorm, own: frozenset[str]) -> Kernel | None:  # noqa: ARG001
 
 def _rms_norm(layer: nn.RMSNorm, own: Own, x: Tensor) -> Tensor:
     y = F.rms_norm(x, list(layer.normalized_shape), None, layer.eps)
-    return _affine(y, own, layer.weight, None, x.dim() - 1 - len(layer.normalized_shape))
+    return _affine(y, _each(layer, own, "weight"), None)
 
 
-def _affine(y: Tensor, own: Own, weight: Tensor | None, bias: Tensor | None, places: int) -> Tensor:
-    """y * weight + bias, with ``places`` axes between the rows and the features."""
+def _each(layer: nn.Module, own: Own, name: str) -> tuple[bool, Tensor | None]:
+    """Whether tasks differ in a tensor of a layer, and the tensor, of each row or of all."""
+    return (True, own[name]) if name in own else (False, getattr(layer, name))
 
-    def each(name: str, shared: Tensor | None) -> Tensor | None:
-        tensor = own.get(name)
-        if tensor is None:
-            return shared
-        return tensor.view(len(tensor), *(1,) * places, *tensor.shape[1:])
 
-    w, b = each("weight", weight), each("bias", bias)
+def _affine(
+    y: Tensor, weight: tuple[bool, Tensor | None], bias: tuple[bool, Tensor | None] | None
+) -> Tensor:
+    """y * weight + bias, for features in the last axes of y."""
+
+    def over(differs: bool, tensor: Tensor | None) -> Tensor | None:
+        if tensor is None or not differs:
+            return tensor
+        places = y.dim() - tensor.dim()
+        return tensor.reshape(tensor.shape[0], *(1,) * places, *tensor.shape[1:])
+
+    w, b = over(*weight), None if bias is None else over(*bias)
     if w is not None and b is not None:
         return torch.addcmul(b, y, w)
     return y if w is None else y * w
@@ -150,17 +198,9 @@ def _(layer: nn.GroupNorm, own: frozenset[str]) -> Kernel | None:  # noqa: ARG00
 
 
 def _group_norm(layer: nn.GroupNorm, own: Own, x: Tensor) -> Tensor:
-    """Groups never cross rows: (rows, C, ...) as (1, rows C, ...)."""
-    rows, channels = x.shape[:2]
-
-    def each(name: str) -> Tensor:
-        tensor = own.get(name)
-        shared: Tensor = getattr(layer, name)
-        return shared.repeat(rows) if tensor is None else tensor.reshape(-1)
-
-    wide = x.reshape(1, rows * channels, *x.shape[2:])
-    y = F.group_norm(wide, rows * layer.num_groups, each("weight"), each("bias"), layer.eps)
-    return y.view(x.shape)
+    y = F.group_norm(x, layer.num_groups, None, None, layer.eps)
+    weight, bias = (own[n] if n in own else getattr(layer, n) for n in ("weight", "bias"))
+    return y if weight is None else torch.addcmul(_over(bias, x), y, _over(weight, x))
 
 
 @_kernel.register
@@ -174,16 +214,15 @@ def _(layer: nn.Linear) -> bool:  # noqa: ARG001
 
 
 def _linear(layer: nn.Linear, own: Own, x: Tensor) -> Tensor:
-    weight, bias = own.get("weight"), own.get("bias")
-    if weight is None:
-        y = F.linear(x, layer.weight)
+    if "weight" in own:
+        wide = x.reshape(x.shape[0], -1, x.shape[-1])
+        y = torch.bmm(wide, own["weight"].transpose(1, 2)).reshape(*x.shape[:-1], -1)
     else:
-        y = torch.bmm(x.reshape(len(x), -1, x.shape[-1]), weight.transpose(1, 2))
-        y = y.view(*x.shape[:-1], y.shape[-1])
-    if bias is not None:
-        return y + bias.view(len(bias), *(1,) * (y.dim() - 2), -1)
-    shared: Tensor | None = layer.bias
-    return y if shared is None else y + shared
+        y = F.linear(x, layer.weight)
+    if "bias" in own:
+        bias = own["bias"]
+        return y + bias.reshape(bias.shape[0], *(1,) * (y.dim() - 2), bias.shape[1])
+    return y if layer.bias is None else y + layer.bias
 
 
 @_kernel.register
@@ -194,9 +233,11 @@ def _(layer: _ConvNd, own: frozenset[str]) -> Kernel | None:
 def _shifted(layer: _ConvNd, own: Own, x: Tensor) -> Tensor:
     """A convolution whose bias alone differs runs without it."""
     parameters: dict[str, Any] = layer._parameters
-    before, parameters["bias"] = parameters["bias"], None
+    held = {name: tensor for name, tensor in parameters.items() if name == "bias"}
+    parameters["bias"] = None
     try:
         y: Tensor = layer(x)
     finally:
-        parameters["bias"] = before
+        del parameters["bias"]
+        parameters.update(held)
     return y + own["bias"].view(*own["bias"].shape, *(1,) * (y.dim() - 2))

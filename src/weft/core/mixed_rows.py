@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -37,10 +37,10 @@ class MixedRows:
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
-        self._mixing = Mixing()
+        self.mixing = Mixing()
         self._heads: dict[Hashable, Pool] = {}
         self._apart: WeakSet[Pool] = WeakSet()
-        self._verified: set[Hashable] = set()
+        self._verified: WeakKeyDictionary[Pool, set[Hashable]] = WeakKeyDictionary()
 
     def run(
         self,
@@ -138,9 +138,8 @@ class MixedRows:
             Group(*bounds[name], self._runner.changes(state, base))
             for name, state in states.items()
         ]
-        complete = {**base, **groups[0].tensors}
         args, kwargs = batch
-        with self._mixing.bound(pool, complete, groups, batch) as (structure, how):
+        with self.mixing.bound(pool, base, groups, batch) as (structure, how):
             call = Call()
             with self._runner.shapes_explained(args, kwargs):
                 output = structure.run(args, kwargs, call)
@@ -150,24 +149,25 @@ class MixedRows:
             if features is not output and torch.is_grad_enabled():
                 structure.await_backward(features)
         self._verify(pool, how, states, bounds, batch, features)
-        side = self._taps(pool, states, groups, complete, call)
+        side = self._taps(pool, states, groups, base, call)
         return self._heads_on(states, places, bounds, features, side)
 
     def _verify(
         self,
         pool: Pool,
-        how: Hashable,
+        how: frozenset[Hashable],
         states: Mapping[str, TaskState],
         bounds: Mapping[str, tuple[int, int]],
         batch: Arguments,
         features: Tensor,
     ) -> None:
-        """Compare what a new way to part rows gives with what tasks give on their own, once.
+        """Compare what new units give with what tasks give on their own, once.
 
         Raises:
             RowsUnknownError: they differ.
         """
-        if (pool, how) in self._verified:
+        verified = self._verified.setdefault(pool, set())
+        if how <= verified:
             return
         rows = len(features)
         with torch.no_grad():
@@ -178,14 +178,14 @@ class MixedRows:
                 if not _agree(features[start : start + 1], alone):
                     self._apart.add(pool)
                     raise RowsUnknownError
-        self._verified.add((pool, how))
+        verified |= how
 
     def _taps(
         self,
         pool: Pool,
         states: Mapping[str, TaskState],
         groups: Sequence[Group],
-        complete: Mapping[str, Tensor],
+        base: Mapping[str, Tensor],
         call: Call,
     ) -> dict[str, dict[str, Tensor]]:
         """By task whose head reads side sites, what it reads."""
@@ -198,7 +198,7 @@ class MixedRows:
                     if "feature" in record
                 }
                 with pool.lease() as structure:
-                    structure.bind({**complete, **group.tensors})
+                    structure.bind({**base, **group.tensors})
                     found[name] = structure.taps(mine)
         return found
 
@@ -262,7 +262,7 @@ class MixedRows:
             groups.append(Group(start, start + length, own))
             start += length
         batch: Arguments = ((features,), {})
-        with self._mixing.bound(pool, tensors[0], groups, batch) as (structure, _):
+        with self.mixing.bound(pool, tensors[0], groups, batch) as (structure, _):
             output = structure.run(*batch, Call())
         if isinstance(output, Tensor) and output.shape[:1] == features.shape[:1]:
             return output

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,16 +12,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .adapter import Call, RowwiseAdapter, SideAdapter
-from .kernels import copies_weights, kernel_for
+from .adapter import Call
 from .layout import Layout, layouts
 from .pool import Pool
 from .rows import Arguments, select_rows
-from .rowwise import NOBODYS, Parted, Place, RowsUnknownError, Rowwise, Run, Work, run_adapter
-from .structure import SLOT, Inserted, Structure
-
-LARGE = 1 << 23
-"""Numbers in the matrices of all tasks of a layer from which on it runs task by task."""
+from .rowwise import Parted, Range, RowsUnknownError, Run, Work
+from .structure import Structure
+from .units import Columns, Units
 
 MOST_LAYOUTS = 64
 """Kinds of inputs whose layouts are kept."""
@@ -47,38 +43,39 @@ class Mixing:
     """Binds structures to the tasks of all rows of a batch."""
 
     def __init__(self) -> None:
-        self._parts: WeakKeyDictionary[Structure, _Parts] = WeakKeyDictionary()
+        self._units: WeakKeyDictionary[Structure, Units] = WeakKeyDictionary()
         self._layouts: WeakKeyDictionary[Pool, dict[Any, dict[str, Layout]]] = WeakKeyDictionary()
 
     @contextmanager
     def bound(
         self,
         pool: Pool,
-        complete: Mapping[str, Tensor],
+        base: Mapping[str, Tensor],
         groups: Sequence[Group],
         batch: Arguments,
-    ) -> Iterator[tuple[Structure, Hashable]]:
+    ) -> Iterator[tuple[Structure, frozenset[Hashable]]]:
         """A structure that is bound to all groups of a batch, and how its modules part the rows.
 
         Args:
             pool: of structures.
-            complete: every tensor that runs for the first group, by name.
+            base: the tensors, by name, that groups have in common unless they say otherwise.
             groups: one after another, all rows of the batch.
             batch: the inputs.
 
         Raises:
             RowsUnknownError: the groups have to run apart.
         """
-        found = self._layout(pool, complete, batch, groups[-1].stop)
+        complete = {**base, **groups[0].tensors}
+        found = self.layout(pool, complete, batch, groups[-1].stop)
         with pool.lease() as structure:
             structure.set_mode(False, frozenset())
             structure.bind(complete)
-            how = self._bind(structure, found, complete, groups)
+            how = self._bind(structure, found, base, groups)
             yield structure, how
 
     # ---------------------------------------------------------------- layouts
 
-    def _layout(
+    def layout(
         self, pool: Pool, tensors: Mapping[str, Tensor], batch: Arguments, rows: int
     ) -> dict[str, Layout]:
         """Where rows are in the calls of a structure, found once for inputs of one kind."""
@@ -109,163 +106,76 @@ class Mixing:
         self,
         structure: Structure,
         found: Mapping[str, Layout],
-        complete: Mapping[str, Tensor],
+        base: Mapping[str, Tensor],
         groups: Sequence[Group],
-    ) -> Hashable:
+    ) -> frozenset[Hashable]:
         """Bind, and say which modules part the rows and how."""
-        known = self._parts.get(structure)
-        if known is None:
-            known = self._parts[structure] = _Parts(structure)
-        columns = _columns(known, complete, groups)
-        holding = known.holding(columns)
+        units = self.units(structure)
+        columns = differing(units, base, groups)
         if structure.guarded & columns.keys():
             raise RowsUnknownError
+        choice = units.choose(columns, found)
         index = _Index(groups)
-        rowwise: dict[Around, Rowwise] = {}
-        parted: dict[Around, int] = {}
-        for around, slots in holding.items():
-            own = {attribute: columns[name] for name, _, attribute in slots}
-            unit = known.rowwise(around[0], own, found) if around else None
-            place = _lowest(around, found)
-            if unit is not None:
-                rowwise[around] = unit
-            elif place is not None:
-                parted[around] = place
-            elif all(column[0].shape[:1] == (1,) for column in own.values()):
-                # A token or a position that broadcasts over rows: each row gets its task's.
-                for name, table, attribute in slots:
-                    table[attribute] = index.rows(columns[name], 1).squeeze(1)
-            else:
-                raise RowsUnknownError
-        names = {around[place] for around, place in parted.items()}
-        for around, unit in rowwise.items():
-            if names.isdisjoint(around):
-                each = _each(found[around[0]])
-                unit.own[0] = {
-                    attribute: index.rows(columns[name], each)
-                    for name, _, attribute in holding[around]
-                }
-                for _, table, attribute in holding[around]:
-                    table[attribute] = NOBODYS
-                structure.replace(unit.inner, unit)
-        outermost = {a[i] for a, i in parted.items() if names.isdisjoint(a[i + 1 :])}
-        for name in outermost:
-            self._part(structure, known, name, found, complete, columns, groups)
-        return frozenset(outermost) | {(a[0], u.kernel) for a, u in rowwise.items()}
+        for name, table, attribute in choice.broadcast:
+            table[attribute] = index.rows(columns[name], 1).squeeze(1)
+        for one in choice.at_once:
+            one.unit.own[0] = {
+                attribute: index.rows(columns[name], one.each) for name, _, attribute in one.slots
+            }
+            one.install(structure)
+        for name in choice.task_by_task:
+            unit = units.parted(name)
+            runs = _runs(unit, columns, groups, structure.guarded)
+            unit.todo[:] = [Work(groups[-1].stop, found[name], runs)]
+            unit.empty()
+            structure.replace(unit.inner, unit, unit.let_go)
+        at_once = {(one.name, one.unit.kernel) for one in choice.at_once}
+        return frozenset({*choice.task_by_task, *at_once, *(s[0] for s in choice.broadcast)})
 
-    @staticmethod
-    def _part(
-        structure: Structure,
-        known: _Parts,
-        name: str,
-        found: Mapping[str, Layout],
-        complete: Mapping[str, Tensor],
-        columns: Mapping[str, Sequence[Tensor]],
-        groups: Sequence[Group],
-    ) -> None:
-        unit = known.parted(name)
-        shared = {
-            place.tensor: complete[place.tensor].clone()
-            if place.tensor in structure.guarded
-            else complete[place.tensor]
+    def units(self, structure: Structure) -> Units:
+        """The units of a structure."""
+        units = self._units.get(structure)
+        if units is None:
+            units = self._units[structure] = Units(structure)
+        return units
+
+
+def _runs(
+    unit: Parted, columns: Columns, groups: Sequence[Group], guarded: frozenset[str]
+) -> list[Run]:
+    """What a unit runs: groups that agree in all of its tensors together."""
+    shared = {
+        name: tensor.clone() if name in guarded else tensor
+        for name, tensor in unit.tensors()
+        if name not in columns
+    }
+    ranges: dict[tuple[int, ...], list[Range]] = {}
+    tensors: dict[tuple[int, ...], tuple[Tensor, ...]] = {}
+    for number, group in enumerate(groups):
+        mine = tuple(
+            shared[place.tensor] if place.tensor in shared else columns[place.tensor][number]
             for place in unit.places
-            if place.tensor not in columns
-        }
-        runs: list[Run] = []
-        for number, group in enumerate(groups):
-            tensors = tuple(
-                shared[place.tensor] if place.tensor in shared else columns[place.tensor][number]
-                for place in unit.places
-            )
-            last = runs[-1] if runs else None
-            if last is not None and all(map(operator.is_, last.tensors, tensors)):
-                runs[-1] = Run(last.start, group.stop, tensors)
-            else:
-                runs.append(Run(group.start, group.stop, tensors))
-        unit.todo[:] = [Work(groups[-1].stop, found[name], runs)]
-        unit.empty()
-        structure.replace(unit.inner, unit)
+        )
+        key = tuple(map(id, mine))
+        tensors[key] = mine
+        before = ranges.setdefault(key, [])
+        if before and before[-1][1] == group.start:
+            before[-1] = (before[-1][0], group.stop)
+        else:
+            before.append((group.start, group.stop))
+    return [Run(tuple(ranges[key]), mine) for key, mine in tensors.items()]
 
 
-class _Parts:
-    """What is known about a structure, and the units made for it so far.
-
-    Args:
-        structure: of a network.
-    """
-
-    def __init__(self, structure: Structure) -> None:
-        self._modules = structure.parts()
-        self._names: dict[int, list[tuple[str, str]]] = {}
-        for name, table, attribute in structure.slots:
-            self._names.setdefault(id(table), []).append((name, attribute))
-        self._slots: dict[str, list[tuple[Around, dict[str, Any], str]]] = {}
-        self._parted: dict[str, Parted] = {}
-        self._rowwise: dict[tuple[str, frozenset[str]], Rowwise | None] = {}
-        holders = _holders(structure)
-        for name, table, attribute in structure.slots:
-            around = holders.get(id(table))
-            if around is not None:
-                self._slots.setdefault(name, []).append((around, table, attribute))
-
-    def __contains__(self, name: object) -> bool:
-        """Whether tasks that differ in a tensor differ in the trunk: side adapters are outside."""
-        return name in self._slots
-
-    def holding(self, names: Iterable[str]) -> dict[Around, list[tuple[str, dict[str, Any], str]]]:
-        """By module that holds them, the slots of tensors: name, table and attribute."""
-        found: dict[Around, list[tuple[str, dict[str, Any], str]]] = {}
-        for name in names:
-            for around, table, attribute in self._slots[name]:
-                found.setdefault(around, []).append((name, table, attribute))
-        return found
-
-    def parted(self, name: str) -> Parted:
-        """The unit that runs a module task by task."""
-        unit = self._parted.get(name)
-        if unit is None:
-            module = self._modules[name]
-            places = [
-                Place(tensor, path, parameter, attribute)
-                for path, child in module.named_modules()
-                for parameter, table in ((True, child._parameters), (False, child._buffers))
-                for tensor, attribute in self._names.get(id(table), ())
-            ]
-            unit = self._parted[name] = Parted(module, places)
-        return unit
-
-    def rowwise(
-        self, name: str, own: Mapping[str, Sequence[Tensor]], found: Mapping[str, Layout]
-    ) -> Rowwise | None:
-        """The unit that runs a layer or an adapter for all rows at once, if there can be one.
-
-        Args:
-            name: of the module.
-            own: by attribute, the tasks' tensors.
-            found: where rows are.
-        """
-        if name not in found or not _each(found[name]):
-            return None
-        key = (name, frozenset(own))
-        if key not in self._rowwise:
-            self._rowwise[key] = self._new_rowwise(*key)
-        unit = self._rowwise[key]
-        if unit is not None and copies_weights(unit.inner, key[1]):
-            matrices = own["weight"]
-            if _each(found[name]) > 1 or len(matrices) * matrices[0].numel() > LARGE:
-                return None
-        return unit
-
-    def _new_rowwise(self, name: str, own: frozenset[str]) -> Rowwise | None:
-        module = self._modules[name]
-        if isinstance(module, Inserted):
-            adapter = module._modules["adapter"]
-            direct = {*adapter._parameters, *adapter._buffers} if adapter is not None else ()
-            if isinstance(adapter, RowwiseAdapter) and own.issubset(direct):
-                return Rowwise(adapter, run_adapter)
-            return None
-        kernel = kernel_for(module, own)
-        return None if kernel is None else Rowwise(module, kernel)
+def differing(
+    units: Units, base: Mapping[str, Tensor], groups: Sequence[Group]
+) -> dict[str, list[Tensor]]:
+    """By name, each group's tensor, where they are not all the same."""
+    columns: dict[str, list[Tensor]] = {}
+    for name in dict.fromkeys(name for group in groups for name in group.tensors):
+        column = [group.tensors[name] if name in group.tensors else base[name] for group in groups]
+        if name in units and any(tensor is not column[0] for tensor in column):
+            columns[name] = column
+    return columns
 
 
 class _Index:
@@ -290,58 +200,6 @@ class _Index:
         if index is None:
             index = self._index[each] = self._index[1].repeat_interleave(each)
         return torch.stack(tuple(column)).index_select(0, index.to(column[0].device))
-
-
-Around = tuple[str, ...]
-"""Names of the modules around a tensor, from the inside to the outside, without the root."""
-
-
-def _holders(structure: Structure) -> dict[int, Around]:
-    """By the identity of a table of tensors, the modules around it; side adapters are outside."""
-    modules = structure.parts()
-    root = structure.module
-    found: dict[int, Around] = {id(table): () for table in (root._parameters, root._buffers)}
-    for name, module in modules.items():
-        path = name.removesuffix(SLOT)
-        if isinstance(module, Inserted):
-            if isinstance(module.adapter, SideAdapter):
-                continue
-            tables = [(m._parameters, m._buffers) for m in module.adapter.modules()]
-            first: Around = (name,)
-        else:
-            tables = [(module._parameters, module._buffers)]
-            first = (name, f"{name}{SLOT}") if f"{name}{SLOT}" in modules else (name,)
-        outside = []
-        while path := path.rpartition(".")[0]:
-            outside += [one for one in (path, f"{path}{SLOT}") if one in modules]
-        for pair in tables:
-            for table in pair:
-                found[id(table)] = (*first, *outside)
-    return found
-
-
-def _columns(
-    known: _Parts, complete: Mapping[str, Tensor], groups: Sequence[Group]
-) -> dict[str, list[Tensor]]:
-    """By name, each group's tensor, where they are not all the same."""
-    columns: dict[str, list[Tensor]] = {}
-    for name in dict.fromkeys(name for group in groups for name in group.tensors):
-        column = [group.tensors.get(name, complete[name]) for group in groups]
-        if name in known and any(tensor is not column[0] for tensor in column):
-            columns[name] = column
-    return columns
-
-
-def _lowest(around: Around, found: Mapping[str, Layout]) -> int | None:
-    """The first of some modules for which it is known where rows are, if there is one."""
-    return next((place for place, name in enumerate(around) if name in found), None)
-
-
-def _each(layout: Layout) -> int:
-    """How long each row is, if rows come first in all that a module takes and gives; else 0."""
-    axes = [axis for axis in (*layout.inputs.axes, *layout.output.axes) if axis is not None]
-    each = {axis.each for axis in axes if axis.place == 0}
-    return each.pop() if len(each) == 1 and all(axis.place == 0 for axis in axes) else 0
 
 
 def _kind(batch: Arguments, rows: int) -> Any:

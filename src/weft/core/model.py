@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from .checks import adapter_tensors, check_plan
 from .folding import fold
 from .ledger import Ledger, gate_scores, hardened, make_ledger
 from .mixed_rows import MixedRows
+from .mixed_view import MixedView, mixed_view
 from .one_input import OneInput
 from .rows import (
     Answer,
@@ -289,6 +290,32 @@ class MultiTaskModel(nn.Module):
             TaskError: no such task.
         """
         return self._runner.view(self._state(task), training=self.training)
+
+    def mixed_view(self, tasks: Sequence[str] | None = None, *, example: Any = None) -> MixedView:
+        """Several tasks as one module, ``view(x, task=indices)``, with one graph for all mixes.
+
+        It can be compiled and exported. In eval mode, for tasks that differ in normalisation,
+        scales, biases, low rank and heads of one form; others run through ``model(x, task=[...])``.
+
+        Args:
+            tasks: their names; ``task`` counts them from 0. Default: all.
+            example: inputs of the base, one row suffices; default: the model's example.
+
+        Raises:
+            TaskError: no such task.
+            PlanError: the graph would depend on the mix, the model is in training mode, or there
+                is no example.
+        """
+        example = self.example if example is None else example
+        if self.training or example is None:
+            raise PlanError(
+                "A view of several tasks needs the model in eval mode, model.eval(), and an "
+                "example of the base's inputs: mixed_view(tasks, example=x)."
+            )
+        states = {name: self._state(name) for name in tasks or self.task_names}
+        if not states:
+            raise PlanError("The model has no tasks. Add one: model.add_task(name, task).")
+        return mixed_view(self._runner, self._mixed_rows.mixing, states, example)
 
     def tensors(self, task: str) -> dict[str, Tensor]:
         """Every tensor that runs for the task, by name: the whole truth.

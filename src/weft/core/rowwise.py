@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .adapter import Call, RowwiseAdapter
-from .kernels import Kernel
-from .layout import Axis, Layout
+from .kernels import Kernel, alone
+from .layout import Axis, Layout, Rows
 from .structure import Inserted
 from .variants import Variants
 
@@ -54,18 +54,20 @@ class Place:
         return tables[self.parameter]
 
 
+Range = tuple[int, int]
+"""The first of some rows, and the row after the last one."""
+
+
 @dataclass(frozen=True)
 class Run:
-    """Neighbouring rows whose tasks agree in a unit.
+    """The rows whose tasks agree in a unit.
 
     Args:
-        start: the first row.
-        stop: the row after the last one.
+        ranges: of rows, in order.
         tensors: of the unit's places, in order.
     """
 
-    start: int
-    stop: int
+    ranges: tuple[Range, ...]
     tensors: tuple[Tensor, ...]
 
 
@@ -82,6 +84,23 @@ class Work:
     rows: int
     layout: Layout
     runs: Sequence[Run]
+
+    def split(self, numbers: int) -> list[Run]:
+        """The runs, those of several ranges in parts where that costs less than moving rows.
+
+        Args:
+            numbers: in one row of the unit's inputs.
+        """
+        found = []
+        for run in self.runs:
+            rows = sum(stop - start for start, stop in run.ranges)
+            # Calls with the same weight read it anew, and most kernels also reorder it.
+            again = (len(run.ranges) - 1) * sum(tensor.numel() for tensor in run.tensors)
+            if len(run.ranges) > 1 and again < rows * numbers:
+                found += [Run((one,), run.tensors) for one in run.ranges]
+            else:
+                found.append(run)
+        return sorted(found, key=lambda run: run.ranges)
 
 
 class _Around(nn.Module, ABC):
@@ -117,15 +136,27 @@ class Parted(_Around):
         super().__init__(inner)
         self.places = tuple(places)
         self.todo: list[Work] = []  # one; a list, since modules are slow to write
-        self._modules_and_tables = [(inner, self._tables(inner))]
+        self._slots = [(inner, self._tables(inner))]  # of each module like the one inside
 
     def _tables(self, module: nn.Module) -> list[tuple[dict[str, Any], str]]:
         return [(place.table(module), place.attribute) for place in self.places]
 
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """What is bound in the slots, by name."""
+        for place, (table, attribute) in zip(self.places, self._slots[0][1], strict=True):
+            yield place.tensor, table[attribute]
+
     def empty(self) -> None:
         """Leave no task's tensor in the slots: those of a run are bound for the run."""
-        for table, attribute in self._modules_and_tables[0][1]:
+        for table, attribute in self._slots[0][1]:
             table[attribute] = NOBODYS
+
+    def let_go(self) -> None:
+        """Refer to no task's tensors any more."""
+        self.todo.clear()
+        for _, tables in self._slots:
+            for table, attribute in tables:
+                table.pop(attribute, None)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module gives, row by row as for the row's task.
@@ -138,48 +169,32 @@ class Parted(_Around):
         inputs = work.layout.inputs
         if structure != inputs.structure:
             raise RowsUnknownError
-        self._check(leaves, inputs.axes, work.rows)
+        pairs = list(zip(leaves, inputs.axes, strict=True))
+        if any(axis and x.shape[axis.place] != work.rows * axis.each for x, axis in pairs):
+            raise RowsUnknownError
+        runs = work.split(sum(x.numel() // work.rows for x, axis in pairs if axis))
         outputs = []
-        for number, run in enumerate(work.runs):
-            mine = [_part(x, axis, run) for x, axis in zip(leaves, inputs.axes, strict=True)]
+        for number, run in enumerate(runs):
+            mine = [x if axis is None else _part(x, axis, run.ranges) for x, axis in pairs]
             own_args, own_kwargs = pytree.tree_unflatten(mine, structure)
             outputs.append(self._run(number, run, own_args, own_kwargs))
-        return outputs[0] if len(outputs) == 1 else self._joined(outputs, work)
+        return outputs[0] if len(outputs) == 1 else _joined(outputs, runs, work.layout.output)
 
     def _run(self, number: int, run: Run, args: Any, kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
-            module, tables = self._modules_and_tables[0]
+            module, tables = self._slots[0]
             _bind(tables, run.tensors)
             try:
-                return module(*args, **kwargs)
+                return alone(module, *args, **kwargs)
             finally:
                 self.empty()
         # With gradients each run has a module of its own: checkpointing may run it again.
-        while number >= len(self._modules_and_tables) - 1:
-            another = _copy(self._modules_and_tables[0][0])
-            self._modules_and_tables.append((another, self._tables(another)))
-        module, tables = self._modules_and_tables[number + 1]
+        while number >= len(self._slots) - 1:
+            another = _copy(self._slots[0][0])
+            self._slots.append((another, self._tables(another)))
+        module, tables = self._slots[number + 1]
         _bind(tables, run.tensors)
         return module(*args, **kwargs)
-
-    @staticmethod
-    def _joined(outputs: list[Any], work: Work) -> Any:
-        rows = work.layout.output
-        flat = [pytree.tree_flatten(output) for output in outputs]
-        if any(structure != rows.structure for _, structure in flat):
-            raise RowsUnknownError
-        columns = zip(*(leaves for leaves, _ in flat), strict=True)
-        joined = [
-            column[0] if axis is None else torch.cat(column, axis.place)
-            for column, axis in zip(columns, rows.axes, strict=True)
-        ]
-        return pytree.tree_unflatten(joined, rows.structure)
-
-    @staticmethod
-    def _check(leaves: list[Any], axes: tuple[Axis | None, ...], rows: int) -> None:
-        for leaf, axis in zip(leaves, axes, strict=True):
-            if axis is not None and leaf.shape[axis.place] != rows * axis.each:
-                raise RowsUnknownError
 
 
 @final
@@ -196,6 +211,10 @@ class Rowwise(_Around):
         self.kernel = kernel
         self.own: list[Mapping[str, Tensor]] = [{}]
 
+    def let_go(self) -> None:
+        """Refer to no task's tensors any more."""
+        self.own[0] = {}
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the layer gives, row by row as for the row's task."""
         return self.kernel(self._modules["inner"], self.own[0], *args, **kwargs)
@@ -208,11 +227,35 @@ def run_adapter(
     return adapter.forward_rows(own, call, site, *args)
 
 
-def _part(value: Any, axis: Axis | None, run: Run) -> Any:
-    if axis is None:
-        return value
-    start, length = run.start * axis.each, (run.stop - run.start) * axis.each
-    return value.narrow(axis.place, start, length)
+def _part(value: Tensor, axis: Axis, ranges: Sequence[Range]) -> Tensor:
+    """The rows of some ranges; no copy if it is one."""
+    if len(ranges) == 1:
+        start, stop = ranges[0]
+        return value.narrow(axis.place, start * axis.each, (stop - start) * axis.each)
+    return value.index_select(axis.place, _index(ranges, axis.each).to(value.device))
+
+
+def _index(ranges: Iterable[Range], each: int) -> Tensor:
+    return torch.cat([torch.arange(start * each, stop * each) for start, stop in ranges])
+
+
+def _joined(outputs: list[Any], runs: Sequence[Run], rows: Rows) -> Any:
+    """What the runs gave, in the order of rows."""
+    flat = [pytree.tree_flatten(output) for output in outputs]
+    if any(structure != rows.structure for _, structure in flat):
+        raise RowsUnknownError
+    ranges = [one for run in runs for one in run.ranges]
+    columns = zip(*(leaves for leaves, _ in flat), strict=True)
+    joined = []
+    for column, axis in zip(columns, rows.axes, strict=True):
+        value = column[0] if axis is None else torch.cat(column, axis.place)
+        if axis is not None and ranges != sorted(ranges):
+            places = _index(ranges, axis.each)
+            order = torch.empty_like(places)
+            order[places] = torch.arange(len(places))
+            value = value.index_select(axis.place, order.to(value.device))
+        joined.append(value)
+    return pytree.tree_unflatten(joined, rows.structure)
 
 
 def _bind(tables: Sequence[tuple[dict[str, Any], str]], tensors: Sequence[Tensor]) -> None:

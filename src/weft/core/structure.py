@@ -8,7 +8,7 @@ may still run parts of it again (activation checkpointing), until that backward 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -85,7 +85,7 @@ class Inserted(nn.Module):
         return output
 
 
-def _keeps_fused_paths_away(module: nn.Module, args: Any, output: Any) -> None:
+def keep_fused_paths_away(module: nn.Module, args: Any, output: Any) -> None:
     """A forward hook that does nothing."""
 
 
@@ -121,6 +121,7 @@ class Structure:
         self._slots = tensor_slots(self.module)
         self._held: dict[int, list[tuple[dict[str, nn.Module | None], str]]] | None = None
         self._replaced: list[tuple[dict[str, nn.Module | None], str, nn.Module]] = []
+        self._let_go: list[Callable[[], None]] = []
         own_buffers = {n for names in self.statistics.values() for n in names}
         self._foreign = frozenset(n for n, _ in buffers_of(self._slots)) - own_buffers
         self.inserted: dict[str, Inserted] = {}
@@ -153,12 +154,17 @@ class Structure:
         inner = self._modules[site]
         inserted = Inserted(site, inner, insertion.build(inner))
         replace_child(self._modules.values(), inner, inserted)
-        if any(map(is_fused, self._modules.values())):
+        if self.fused:
             # They read their children's weights instead of calling them, unless a child has a hook.
-            inserted.register_forward_hook(_keeps_fused_paths_away)
+            inserted.register_forward_hook(keep_fused_paths_away)
         for name, table, attribute in tensor_slots(inserted.adapter):
             self._slots.append((f"{site}{SLOT}{name}", table, attribute))
         self.inserted[site] = inserted
+
+    @property
+    def fused(self) -> bool:
+        """Whether a module may read its children's weights instead of calling them."""
+        return any(map(is_fused, self._modules.values()))
 
     @property
     def slots(self) -> Sequence[Slot]:
@@ -214,13 +220,15 @@ class Structure:
         for _, table, attribute in self._slots:
             table.pop(attribute, None)
 
-    def replace(self, module: nn.Module, by: nn.Module) -> None:
+    def replace(self, module: nn.Module, by: nn.Module, let_go: Callable[[], None]) -> None:
         """Put another module in the place of one of this structure, until tensors are bound anew.
 
         Args:
-            module: one of `modules`.
+            module: one of this structure.
             by: what its parents call in its place.
+            let_go: called when the module has its place again.
         """
+        self._let_go.append(let_go)
         for table, name in self._holders()[id(module)]:
             self._replaced.append((table, name, module))
             table[name] = by
@@ -229,6 +237,8 @@ class Structure:
         while self._replaced:
             table, name, module = self._replaced.pop()
             table[name] = module
+        while self._let_go:
+            self._let_go.pop()()
 
     def _holders(self) -> dict[int, list[tuple[dict[str, nn.Module | None], str]]]:
         """By the identity of a child, every place that holds it."""

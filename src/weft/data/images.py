@@ -47,13 +47,26 @@ def decode_one(source: bytes | Path, image_size: int | None) -> Pixels:
         H x W x 3 pixels, uint8.
     """
     with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as opened:
-        if image_size is not None:
-            # JPEG can decode at 1/2, 1/4, 1/8: twice the wanted size keeps the resize clean.
-            opened.draft("RGB", (2 * image_size, 2 * image_size))
-        image = ImageOps.exif_transpose(opened).convert("RGB")
-        if image_size is not None and image.size != (image_size, image_size):
-            image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR)
-        return np.asarray(image)
+        return pixels_of(opened, image_size)
+
+
+def pixels_of(opened: Image.Image, image_size: int | None) -> Pixels:
+    """Decode an image that has been opened, as `decode_one` does.
+
+    Args:
+        opened: the image; its pixels need not be read yet.
+        image_size: as for `decode_one`.
+
+    Returns:
+        H x W x 3 pixels, uint8.
+    """
+    if image_size is not None:
+        # JPEG can decode at 1/2, 1/4, 1/8: twice the wanted size keeps the resize clean.
+        opened.draft("RGB", (2 * image_size, 2 * image_size))
+    image = ImageOps.exif_transpose(opened).convert("RGB")
+    if image_size is not None and image.size != (image_size, image_size):
+        image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR)
+    return np.asarray(image)
 
 
 def decode(request: Request, sources: Sequence[bytes | Path], names: Sequence[str]) -> Tensor:
