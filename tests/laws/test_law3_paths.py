@@ -61,6 +61,25 @@ def test_each_row_of_a_mixed_batch_is_its_tasks(case: Case) -> None:
 
 
 @cases(Law.ALL_PATHS_AGREE)
+def test_any_mix_of_rows_is_that_of_their_tasks(case: Case) -> None:
+    model = case.trained()
+    model.add_task("none", weft.Task(head=None, loss=lambda output, _: output.sum()))
+    model.harden("a")  # it now owns less than the others
+    model.eval().double()
+    x = pytree.tree_map(lambda t: t.double() if t.is_floating_point() else t, case.base.inputs(6))
+    names = model.task_names
+    generator = torch.Generator().manual_seed(len(case.base.name))
+    with torch.no_grad():
+        alone = {t: [model(rows(x, [i]), task=t)[0] for i in range(6)] for t in names}
+        assert model(rows(x, []), task=[]) == []
+        for _ in range(4):
+            chosen = [names[i] for i in torch.randint(0, len(names), (6,), generator=generator)]
+            mixed = model(x, task=chosen)
+            for i, task in enumerate(chosen):
+                assert_close(mixed[i], alone[task][i], 1e-10)
+
+
+@cases(Law.ALL_PATHS_AGREE)
 def test_hardening_changes_no_output_and_files_nothing_for_closed_gates(case: Case) -> None:
     model = case.trained().eval()
     x = case.base.inputs(3)

@@ -99,8 +99,10 @@ class Browser:
         return found
 
     def open(self, url: str) -> None:
-        """Go to a page."""
+        """Go to a page and wait until it is there."""
+        self.run("window.before = true")
         self.call("Page.navigate", url=url)
+        self.wait_for("!window.before && document.readyState === 'complete'")
 
     def run(self, script: str) -> Any:
         """The value of an expression in the page."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
-from weft.core.adapter import Adapter, Call, InlineAdapter, Insertion
+from weft.core.adapter import Adapter, Call, Insertion, RowwiseAdapter
 from weft.core.channels import Channels, is_plain, output_channels, per_weight
 from weft.errors import PlanError
 
@@ -41,7 +41,7 @@ class ChannelAffine(Insertion):
 
 
 @final
-class ScaledChannels(InlineAdapter):
+class ScaledChannels(RowwiseAdapter):
     """Scales and shifts what its site gives, per channel; starts as the identity.
 
     Args:
@@ -64,6 +64,25 @@ class ScaledChannels(InlineAdapter):
         y = inner(*args)
         shape = (-1, *(1,) * (y.dim() - 2)) if self.axis == 1 else (-1,)
         return y * self.scale.to(y.dtype).view(shape) + self.shift.to(y.dtype).view(shape)
+
+    def forward_rows(
+        self,
+        own: Mapping[str, Tensor],
+        call: Call,  # noqa: ARG002
+        site: str,  # noqa: ARG002
+        inner: Callable[..., Any],
+        *args: Any,
+    ) -> Any:
+        """The same with a scale and a shift (rows, C) for each row."""
+        y = inner(*args)
+
+        def over(name: str) -> Tensor:
+            each = own[name] if name in own else getattr(self, name)
+            places = (1,) * (y.dim() - 2)
+            shape = (-1, *places) if self.axis == 1 else (*places, -1)
+            return each.to(y.dtype).reshape(*each.shape[:-1], *shape)
+
+        return y * over("scale") + over("shift")
 
     def fold(self, site: nn.Module) -> nn.Module:
         """A copy of the layer with scale * weight and scale * bias + shift.

@@ -134,8 +134,8 @@ def serve(
     facts = _trained_with(stored)
     torch.manual_seed(facts.get("seed") or 0)  # as a base that is drawn at random was in training
     network, stated = load_base(base, weights=weights, options=_options(base_option))
-    preprocessing = _preprocessing(facts, stated, numbers("--mean", mean, float),
-                                   numbers("--std", std, float))  # fmt: skip
+    scale = numbers("--mean", mean, float), numbers("--std", std, float)
+    preprocessing = _preprocessing(facts, stated, *scale)
     side = image_size or (facts.get("data") or {}).get("image_size")
     shape = numbers("--input-shape", input_shape, int)
     if shape is None and side is not None:

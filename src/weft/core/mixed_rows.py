@@ -45,7 +45,7 @@ class MixedRows:
     def run(
         self,
         states: Mapping[str, TaskState],
-        places: Mapping[str, Tensor],
+        places: Mapping[str, Sequence[int]],
         batch: Arguments,
         rows: int,
         context: Mapping[str, Any],
@@ -75,14 +75,13 @@ class MixedRows:
         self,
         pool: Pool,
         states: Mapping[str, TaskState],
-        places: Mapping[str, Tensor],
+        places: Mapping[str, Sequence[int]],
         batch: Arguments,
         rows: int,
         context: Mapping[str, Any],
     ) -> list[Answer]:
-        order = torch.cat([places[name] for name in states])
-        in_order = len(order) == rows and torch.equal(order, torch.arange(rows))
-        parts = batch if in_order else select_rows(batch, order, rows)
+        order = [place for name in states for place in places[name]]
+        parts = batch if order == list(range(rows)) else select_rows(batch, order, rows)
         if len(states) > 1 and pool not in self._apart and self._can_mix(states, context):
             try:
                 return self._together(pool, states, places, parts)
@@ -106,7 +105,7 @@ class MixedRows:
     def _one_by_one(
         self,
         states: Mapping[str, TaskState],
-        places: Mapping[str, Tensor],
+        places: Mapping[str, Sequence[int]],
         batch: Arguments,
         rows: int,
         context: Mapping[str, Any],
@@ -114,7 +113,7 @@ class MixedRows:
         """A forward for each task, on its rows."""
         parts = {}
         for name, (start, stop) in _bounds(states, places).items():
-            parts[name] = select_rows(batch, torch.arange(start, stop), rows)
+            parts[name] = select_rows(batch, range(start, stop), rows)
         outputs, _ = self._runner.run(states, parts, context, training=False)
         return [Answer((name,), places[name], outputs[name]) for name in states]
 
@@ -124,7 +123,7 @@ class MixedRows:
         self,
         pool: Pool,
         states: Mapping[str, TaskState],
-        places: Mapping[str, Tensor],
+        places: Mapping[str, Sequence[int]],
         batch: Arguments,
     ) -> list[Answer]:
         """One forward for all tasks of one kind of structure; their rows follow one another.
@@ -173,7 +172,7 @@ class MixedRows:
         with torch.no_grad():
             for name in (*states,)[:: -(-len(states) // COMPARED)]:
                 start = bounds[name][0]
-                args, kwargs = select_rows(batch, torch.tensor([start]), rows)
+                args, kwargs = select_rows(batch, [start], rows)
                 alone = self._runner.features(states[name], args, kwargs)
                 if not _agree(features[start : start + 1], alone):
                     self._apart.add(pool)
@@ -207,7 +206,7 @@ class MixedRows:
     def _heads_on(
         self,
         states: Mapping[str, TaskState],
-        places: Mapping[str, Tensor],
+        places: Mapping[str, Sequence[int]],
         bounds: Mapping[str, tuple[int, int]],
         features: Tensor,
         side: Mapping[str, Mapping[str, Tensor]],
@@ -215,14 +214,15 @@ class MixedRows:
         """The outputs of all heads; heads of one form run together."""
         forms: dict[Hashable, list[str]] = {}
         for name, state in states.items():
-            start, stop = bounds[name]
-            state.build_head(features[start:stop], self._runner.reference())
+            if not state.head_is_built:
+                start, stop = bounds[name]
+                state.build_head(features[start:stop], self._runner.reference())
             forms.setdefault(name if state.task.taps else form_of(state.head), []).append(name)
         answers = []
         for form, names in forms.items():
             mine = _rows_of(features, [bounds[name] for name in names])
             head = states[names[0]].head
-            where = torch.cat([places[name] for name in names])
+            where = [place for name in names for place in places[name]]
             if head is None:
                 output: Any = mine
             elif len(names) == 1:
@@ -275,7 +275,7 @@ def _like(state: TaskState) -> tuple[str, ...]:
 
 
 def _bounds(
-    states: Mapping[str, TaskState], places: Mapping[str, Tensor]
+    states: Mapping[str, TaskState], places: Mapping[str, Sequence[int]]
 ) -> dict[str, tuple[int, int]]:
     found, start = {}, 0
     for name in states:

@@ -90,8 +90,7 @@ class Mixing:
             structure.bind(tensors)
 
             def run(places: tuple[int, ...]) -> None:
-                index = torch.tensor([chosen[place] for place in places])
-                args, kwargs = select_rows(batch, index, rows)
+                args, kwargs = select_rows(batch, [chosen[place] for place in places], rows)
                 structure.run(args, kwargs, Call())
 
             found = layouts(structure.parts(), run)

@@ -84,20 +84,20 @@ def known_task(task: Any, names: Sequence[str]) -> str:
     return names[index]
 
 
-def places(names: Sequence[str]) -> dict[str, Tensor]:
-    """By task, the places of its rows in the batch, each of shape (rows of the task,)."""
+def places(names: Sequence[str]) -> dict[str, list[int]]:
+    """By task, the places of its rows in the batch."""
     found: dict[str, list[int]] = {}
     for i, name in enumerate(names):
         found.setdefault(name, []).append(i)
-    return {name: torch.tensor(rows) for name, rows in found.items()}
+    return found
 
 
-def select_rows(batch: Any, index: Tensor, rows: int) -> Any:
+def select_rows(batch: Any, index: Sequence[int], rows: int) -> Any:
     """The given rows of a batch; tensors of one row, or of no dimension, go along whole.
 
     Args:
         batch: tensors in any structure, each with rows first or the same for all rows.
-        index: (selected,) places of the rows.
+        index: places of the rows.
         rows: the number of rows of the batch.
 
     Raises:
@@ -113,7 +113,7 @@ def select_rows(batch: Any, index: Tensor, rows: int) -> Any:
                 f"{tuple(tensor.shape)} in a batch of {rows} rows. Bring it to rows first, or call "
                 "the model once per task."
             )
-        return tensor.index_select(0, index.to(tensor.device))
+        return tensor.index_select(0, torch.tensor(index, device=tensor.device))
 
     return pytree.tree_map_only(Tensor, select, batch)
 
@@ -170,12 +170,12 @@ class Answer:
 
     Args:
         tasks: whose rows they are.
-        places: (rows,) their places in the batch.
+        places: their places in the batch.
         output: of a head, rows first.
     """
 
     tasks: tuple[str, ...]
-    places: Tensor
+    places: Sequence[int]
     output: Any
 
 
@@ -193,7 +193,7 @@ def assemble(answers: Sequence[Answer]) -> Tensor | list[Any]:
     """
     for answer in answers:
         for leaf in pytree.tree_leaves(answer.output):
-            if isinstance(leaf, Tensor) and leaf.shape[:1] != answer.places.shape:
+            if isinstance(leaf, Tensor) and leaf.shape[:1] != (len(answer.places),):
                 raise DataError(
                     "A task per row needs outputs with rows first; the head of "
                     f"'{answer.tasks[0]}' gave shape {tuple(leaf.shape)} for "
@@ -201,15 +201,18 @@ def assemble(answers: Sequence[Answer]) -> Tensor | list[Any]:
                 )
     if not answers:
         return []
-    order = torch.cat([answer.places for answer in answers])
+    order = [place for answer in answers for place in answer.places]
     tensors = [answer.output for answer in answers if isinstance(answer.output, Tensor)]
     if len(tensors) == len(answers) and len({(t.shape[1:], t.dtype) for t in tensors}) == 1:
         joined = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
-        inverse = torch.empty_like(order)
-        inverse[order] = torch.arange(len(order))
-        return joined.index_select(0, inverse.to(joined.device))
+        if order == sorted(order):
+            return joined
+        inverse = [0] * len(order)
+        for row, place in enumerate(order):
+            inverse[place] = row
+        return joined.index_select(0, torch.tensor(inverse, device=joined.device))
     result: list[Any] = [None] * len(order)
     for answer in answers:
-        for i, place in enumerate(answer.places.tolist()):
+        for i, place in enumerate(answer.places):
             result[place] = pytree.tree_map_only(Tensor, operator.itemgetter(i), answer.output)
     return result

@@ -52,7 +52,7 @@ def row_by_row(
         return run(loader.model(residents), batch, names, context)
     rows: list[Any] = [None] * len(names)
     for shared, places in groups.items():
-        part = select_rows(batch, torch.tensor(places), len(names))
+        part = select_rows(batch, places, len(names))
         mine = [names[i] for i in places]
         found = run(loader.model(_of_state(residents, shared)), part, mine, context)
         for place, row in zip(places, found, strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import final
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -27,21 +27,19 @@ class Metrics:
     def __init__(self, server: Server) -> None:
         registry = self._registry = CollectorRegistry()
         self._state = _State(server)
-        self.requests = Counter(
-            "weft_requests", "Responses.", ("endpoint", "status"), registry=registry
-        )
-        self.errors = Counter("weft_errors", "Refusals.", ("code",), registry=registry)
-        self.latency = Histogram(
-            "weft_request_seconds", "Time to respond.", ("endpoint",), buckets=SECONDS,
-            registry=registry,
-        )  # fmt: skip
-        self.rows = Counter("weft_rows", "Rows that ran.", registry=registry)
-        self._batch_rows = Histogram(
-            "weft_batch_rows", "Rows in a batch.", buckets=COUNTS, registry=registry
-        )
-        self._batch_tasks = Histogram(
-            "weft_batch_tasks", "Distinct tasks in a batch.", buckets=COUNTS, registry=registry
-        )
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(name, text, labels, registry=registry)
+
+        def histogram(name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
+            return Histogram(name, text, labels, buckets=buckets, registry=registry)
+
+        self.requests = counter("weft_requests", "Responses.", "endpoint", "status")
+        self.errors = counter("weft_errors", "Refusals.", "code")
+        self.latency = histogram("weft_request_seconds", "Time to respond.", SECONDS, "endpoint")
+        self.rows = counter("weft_rows", "Rows that ran.")
+        self._batch_rows = histogram("weft_batch_rows", "Rows in a batch.", COUNTS)
+        self._batch_tasks = histogram("weft_batch_tasks", "Distinct tasks in a batch.", COUNTS)
         registry.register(self._state)
 
     def watch(self, batcher: Batcher) -> None:
