@@ -20,7 +20,7 @@ from core.small import NO_HEAD, conv_net, images, mlp, vectors
 from weft.core.kernels import kernel_for
 from weft.core.patch import Replace
 from weft.core.sharing import Sharing
-from weft.errors import LeaseError, PlanError
+from weft.errors import DataError, LeaseError, PlanError
 
 
 def owning(*names: str) -> Callable[[nn.Module], Sharing]:
@@ -76,6 +76,20 @@ def operations(run: Callable[[], object]) -> int:
     return counter.count
 
 
+def operations_by_name(run: Callable[[], object]) -> list[str]:
+    """The names of the operations that are dispatched."""
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            names.append(func._schema.name.removeprefix("aten::"))
+            return func(*args, **(kwargs or {}))
+
+    names: list[str] = []
+    with Names():
+        run()
+    return names
+
+
 def flops(run: Callable[[], object]) -> int:
     """Multiplications and additions of matrices and convolutions."""
     with FlopCounterMode(display=False) as counter:
@@ -88,7 +102,12 @@ def flops(run: Callable[[], object]) -> int:
 
 @pytest.mark.parametrize(
     "plan",
-    [weft.scale_bias, weft.bias_only, weft.linear_probe, lambda b: weft.scale_bias(b, where="layers")],
+    [
+        weft.scale_bias,
+        weft.bias_only,
+        weft.linear_probe,
+        lambda b: weft.scale_bias(b, where="layers"),
+    ],
     ids=["norm", "bias", "heads", "affine"],
 )
 @torch.no_grad()
@@ -356,6 +375,90 @@ def test_two_mixed_batches_before_one_backward() -> None:
     for whole, first, second in zip(together, one, two, strict=True):
         parts = [g for g in (first, second) if g is not None]
         assert torch.allclose(whole, sum(parts), rtol=1e-8, atol=1e-10)  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------------------- training
+
+
+class CheckpointedNorm(nn.Module):
+    """Batch normalisation that is computed again in the backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = conv_net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.net, x, use_reentrant=False)  # type: ignore[no-any-return]
+
+
+TRAINED: dict[str, Callable[[nn.Module], Sharing]] = {
+    "everything": weft.full_finetune,
+    "norms": weft.scale_bias,
+    "one layer, frozen statistics": owning("3.weight"),
+    "shared, private norms": lambda base: weft.hard_sharing(base, own="nothing"),
+    "shared, shared norms": lambda b: weft.hard_sharing(b, own="nothing", batchnorm="follow"),
+    "gates": weft.taps,
+}
+
+
+def trained_step(
+    make: Callable[[], nn.Module], plan: Callable[[nn.Module], Sharing], *, mixed: bool
+) -> tuple[Tensor, list[Tensor | None], dict[str, Tensor]]:
+    """Outputs, gradients and tensors after one forward and backward in training mode."""
+    torch.manual_seed(3)
+    base = make()
+    model = weft.MultiTaskModel(base, plan(base))
+    for name in "abc":
+        model.add_task(name, NO_HEAD)
+    model.double().train()
+    x, rows = images(8).double(), torch.tensor([0, 1, 2, 2, 1, 0, 1, 2])
+    if mixed:
+        output = model(x, task=rows)
+    else:
+        output = torch.empty(8, 6, dtype=torch.float64)
+        for i in range(3):
+            output[rows == i] = model(x[rows == i], task=i)
+    output.sin().sum().backward()
+    parameters = [*model.shared_trainable().values()]
+    parameters += [p for t in model.task_names for p in model.trainable(t).values()]
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    return output.detach(), [p.grad for p in parameters], state
+
+
+@pytest.mark.parametrize("plan", TRAINED)
+@pytest.mark.parametrize("make", [conv_net, CheckpointedNorm], ids=["plain", "checkpointed"])
+def test_a_mixed_batch_trains_like_its_tasks(plan: str, make: Callable[[], nn.Module]) -> None:
+    if make is CheckpointedNorm and "layer" in plan:
+        pytest.skip("names another module")
+    found, expected = (trained_step(make, TRAINED[plan], mixed=mixed) for mixed in (True, False))
+    assert torch.allclose(found[0], expected[0], rtol=1e-8, atol=1e-10)
+    for one, other in zip(found[1], expected[1], strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or torch.allclose(one, other, rtol=1e-7, atol=1e-9)  # type: ignore[arg-type]
+    for name, tensor in expected[2].items():
+        assert torch.allclose(found[2][name].double(), tensor.double(), rtol=1e-8), name
+
+
+def test_shared_layers_train_once_for_all_rows() -> None:
+    model = model_of(conv_net(), weft.scale_bias).train()
+    model(images(6), task=[0, 1, 2, 0, 1, 2])
+    one = flops(lambda: model(images(6), task=[0, 1, 2, 0, 1, 2]))
+    assert one == flops(lambda: model(images(6), task="t0"))
+    norms = operations_by_name(lambda: model(images(6), task=[0, 1, 2, 0, 1, 2]))
+    assert norms.count("native_batch_norm") == 6  # two layers, three tasks
+    assert norms.count("convolution") == 2
+
+
+def test_a_group_that_is_too_small_changes_nothing() -> None:
+    base = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4), nn.BatchNorm1d(4))
+    model = weft.MultiTaskModel(base, weft.full_finetune(base))
+    for name in "ab":
+        model.add_task(name, NO_HEAD)
+    model.train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(DataError, match="group of one row is too small"):
+        model(vectors(4), task=["a", "a", "a", "b"])
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
 # ---------------------------------------------------------------------- threads and memory

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -49,8 +50,10 @@ class MixedRows:
         batch: Arguments,
         rows: int,
         context: Mapping[str, Any],
+        *,
+        training: bool,
     ) -> list[Answer]:
-        """The outputs of all rows, in eval mode.
+        """The outputs of all rows.
 
         Args:
             states: by name, the tasks.
@@ -58,6 +61,7 @@ class MixedRows:
             batch: the inputs of the base, rows first.
             rows: how many there are.
             context: handed to adapters.
+            training: the mode of the base.
 
         Returns:
             Each row's output in one of the answers.
@@ -68,7 +72,7 @@ class MixedRows:
         answers: list[Answer] = []
         for pool, names in pools.items():
             some = {name: states[name] for name in sorted(names, key=lambda n: _like(states[n]))}
-            answers += self._of_one_pool(pool, some, places, batch, rows, context)
+            answers += self._of_one_pool(pool, some, places, batch, rows, context, training)
         return answers
 
     def _of_one_pool(
@@ -79,12 +83,16 @@ class MixedRows:
         batch: Arguments,
         rows: int,
         context: Mapping[str, Any],
+        training: bool,
     ) -> list[Answer]:
         order = [place for name in states for place in places[name]]
         parts = batch if order == list(range(rows)) else select_rows(batch, order, rows)
-        if len(states) > 1 and pool not in self._apart and self._can_mix(states, context):
+        apart = partial(self._one_by_one, states, places, parts, len(order), context, training)
+        if len(states) > 1 and pool not in self._apart and self._can_mix(states, context, training):
             try:
-                return self._together(pool, states, places, parts)
+                if not training:
+                    return self._together(pool, states, places, parts)
+                return self._train_together(pool, states, places, parts)
             except RowsUnknownError:
                 pass
             except (WeftError, torch.OutOfMemoryError):
@@ -92,15 +100,20 @@ class MixedRows:
             except Exception:
                 # A parent that reads a child's tensors finds none. Task by task it runs as ever; an
                 # error of the base itself shows there.
-                answers = self._one_by_one(states, places, parts, len(order), context)
+                answers = apart()
                 self._apart.add(pool)
                 return answers
-        return self._one_by_one(states, places, parts, len(order), context)
+        return apart()
 
-    def _can_mix(self, states: Mapping[str, TaskState], context: Mapping[str, Any]) -> bool:
-        """Whether one forward can be right: no context, and shared tensors are read in one way."""
-        constant = {not state.sharing.trains_shared for state in states.values()}
-        return not context and (len(constant) == 1 or not torch.is_grad_enabled())
+    def _can_mix(
+        self, states: Mapping[str, TaskState], context: Mapping[str, Any], training: bool
+    ) -> bool:
+        """Whether one forward can be right: no context, and tensors are read in one way."""
+        plans = [state.sharing for state in states.values()]
+        reads_alike = len({plan.trains_shared for plan in plans}) == 1
+        moves_alike = len(set(map(self._runner.writable, states.values()))) == 1
+        grads = torch.is_grad_enabled()
+        return not context and (reads_alike or not grads) and (moves_alike or not training)
 
     def _one_by_one(
         self,
@@ -109,15 +122,33 @@ class MixedRows:
         batch: Arguments,
         rows: int,
         context: Mapping[str, Any],
+        training: bool,
     ) -> list[Answer]:
         """A forward for each task, on its rows."""
         parts = {}
         for name, (start, stop) in _bounds(states, places).items():
             parts[name] = select_rows(batch, range(start, stop), rows)
-        outputs, _ = self._runner.run(states, parts, context, training=False)
+        outputs, _ = self._runner.run(states, parts, context, training=training)
         return [Answer((name,), places[name], outputs[name]) for name in states]
 
     # --------------------------------------------------------------- together
+
+    def _train_together(
+        self,
+        pool: Pool,
+        states: Mapping[str, TaskState],
+        places: Mapping[str, Sequence[int]],
+        batch: Arguments,
+    ) -> list[Answer]:
+        """As `_together`, in training mode; statistics are those of each task's rows.
+
+        Raises:
+            RowsUnknownError: they have to run one by one; nothing has changed.
+            DataError: a group of one row meets a batch normalisation that trains.
+        """
+        writable = self._runner.writable(next(iter(states.values())))
+        with self._runner.statistics_kept_on_error(states.values()):
+            return self._together(pool, states, places, batch, writable)
 
     def _together(
         self,
@@ -125,8 +156,16 @@ class MixedRows:
         states: Mapping[str, TaskState],
         places: Mapping[str, Sequence[int]],
         batch: Arguments,
+        writable: frozenset[str] | None = None,
     ) -> list[Answer]:
         """One forward for all tasks of one kind of structure; their rows follow one another.
+
+        Args:
+            pool: of structures.
+            states: by name, the tasks.
+            places: by name, the places of their rows in the whole batch.
+            batch: the inputs of these rows.
+            writable: in training mode, names of the buffers that the forward may change.
 
         Raises:
             RowsUnknownError: they have to run one by one.
@@ -137,9 +176,27 @@ class MixedRows:
             Group(*bounds[name], self._runner.changes(state, base))
             for name, state in states.items()
         ]
+        call = Call()
+        features = self._trunk(pool, base, groups, batch, call, states, writable)
+        side = self._taps(pool, states, groups, base, call)
+        return self._heads_on(states, places, bounds, features, side)
+
+    def _trunk(
+        self,
+        pool: Pool,
+        base: Mapping[str, Tensor],
+        groups: Sequence[Group],
+        batch: Arguments,
+        call: Call,
+        states: Mapping[str, TaskState],
+        writable: frozenset[str] | None,
+    ) -> Tensor:
+        """What the heads read, rows first."""
         args, kwargs = batch
-        with self.mixing.bound(pool, base, groups, batch) as (structure, how):
-            call = Call()
+        if writable is not None and pool not in self._verified:
+            with torch.no_grad():
+                self._trunk(pool, base, groups, batch, Call(), states, None)
+        with self.mixing.bound(pool, base, groups, batch, writable) as (structure, how):
             with self._runner.shapes_explained(args, kwargs):
                 output = structure.run(args, kwargs, call)
             features = select_output(output, self._runner.output)
@@ -147,16 +204,16 @@ class MixedRows:
                 raise RowsUnknownError
             if features is not output and torch.is_grad_enabled():
                 structure.await_backward(features)
-        self._verify(pool, how, states, bounds, batch, features)
-        side = self._taps(pool, states, groups, base, call)
-        return self._heads_on(states, places, bounds, features, side)
+        if writable is None:
+            self._verify(pool, how, states, groups, batch, features)
+        return features
 
     def _verify(
         self,
         pool: Pool,
         how: frozenset[Hashable],
         states: Mapping[str, TaskState],
-        bounds: Mapping[str, tuple[int, int]],
+        groups: Sequence[Group],
         batch: Arguments,
         features: Tensor,
     ) -> None:
@@ -170,10 +227,11 @@ class MixedRows:
             return
         rows = len(features)
         with torch.no_grad():
-            for name in (*states,)[:: -(-len(states) // COMPARED)]:
-                start = bounds[name][0]
+            some = [*zip(states.values(), groups, strict=True)][:: -(-len(states) // COMPARED)]
+            for state, group in some:
+                start = group.start
                 args, kwargs = select_rows(batch, [start], rows)
-                alone = self._runner.features(states[name], args, kwargs)
+                alone = self._runner.features(state, args, kwargs)
                 if not _agree(features[start : start + 1], alone):
                     self._apart.add(pool)
                     raise RowsUnknownError

@@ -53,6 +53,7 @@ class Mixing:
         base: Mapping[str, Tensor],
         groups: Sequence[Group],
         batch: Arguments,
+        writable: frozenset[str] | None = None,
     ) -> Iterator[tuple[Structure, frozenset[Hashable]]]:
         """A structure that is bound to all groups of a batch, and how its modules part the rows.
 
@@ -61,6 +62,7 @@ class Mixing:
             base: the tensors, by name, that groups have in common unless they say otherwise.
             groups: one after another, all rows of the batch.
             batch: the inputs.
+            writable: in training mode, names of the buffers that the forward may change.
 
         Raises:
             RowsUnknownError: the groups have to run apart.
@@ -68,7 +70,7 @@ class Mixing:
         complete = {**base, **groups[0].tensors}
         found = self.layout(pool, complete, batch, groups[-1].stop)
         with pool.lease() as structure:
-            structure.set_mode(False, frozenset())
+            structure.set_mode(writable is not None, writable or frozenset())
             structure.bind(complete)
             how = self._bind(structure, found, base, groups)
             yield structure, how
@@ -113,7 +115,7 @@ class Mixing:
         columns = differing(units, base, groups)
         if structure.guarded & columns.keys():
             raise RowsUnknownError
-        choice = units.choose(columns, found)
+        choice = units.choose(columns, found, structure.moving)
         index = _Index(groups)
         for name, table, attribute in choice.broadcast:
             table[attribute] = index.rows(columns[name], 1).squeeze(1)
@@ -124,10 +126,10 @@ class Mixing:
             one.install(structure)
         for name in choice.task_by_task:
             unit = units.parted(name)
-            runs = _runs(unit, columns, groups, structure.guarded)
+            runs = _runs(unit, columns, groups, structure)
             unit.todo[:] = [Work(groups[-1].stop, found[name], runs)]
             unit.empty()
-            structure.replace(unit.inner, unit, unit.let_go)
+            structure.replace(unit.inner, unit)
         at_once = {(one.name, one.unit.kernel) for one in choice.at_once}
         return frozenset({*choice.task_by_task, *at_once, *(s[0] for s in choice.broadcast)})
 
@@ -140,11 +142,12 @@ class Mixing:
 
 
 def _runs(
-    unit: Parted, columns: Columns, groups: Sequence[Group], guarded: frozenset[str]
+    unit: Parted, columns: Columns, groups: Sequence[Group], structure: Structure
 ) -> list[Run]:
-    """What a unit runs: groups that agree in all of its tensors together."""
+    """What a unit runs: groups that agree in all of its tensors together, unless it is training."""
+    apart = structure.module.training
     shared = {
-        name: tensor.clone() if name in guarded else tensor
+        name: tensor.clone() if name in structure.guarded else tensor
         for name, tensor in unit.tensors()
         if name not in columns
     }
@@ -155,7 +158,7 @@ def _runs(
             shared[place.tensor] if place.tensor in shared else columns[place.tensor][number]
             for place in unit.places
         )
-        key = tuple(map(id, mine))
+        key = (number,) if apart else tuple(map(id, mine))
         tensors[key] = mine
         before = ranges.setdefault(key, [])
         if before and before[-1][1] == group.start:

@@ -197,12 +197,14 @@ class MultiTaskModel(nn.Module):
         if isinstance(names, str):
             return self._run({names: batch}, context)[0][names]
         found = places(names)
-        if self.training or torch.compiler.is_compiling():
+        states = {name: self._state(name) for name in found}
+        if torch.compiler.is_compiling():
             parts = {name: select_rows(batch, index, rows) for name, index in found.items()}
             outputs = self._run(parts, context)[0]
             return assemble([Answer((name,), found[name], outputs[name]) for name in found])
-        states = {name: self._state(name) for name in found}
-        return assemble(self._mixed_rows.run(states, found, batch, rows, self._checked(context)))
+        given = self._checked(context)
+        answers = self._mixed_rows.run(states, found, batch, rows, given, training=self.training)
+        return assemble(answers)
 
     def predict_all(
         self, *inputs: Any, context: Mapping[str, Any] | None = None, **kwargs: Any

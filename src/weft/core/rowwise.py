@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from .adapter import Call, RowwiseAdapter
 from .kernels import Kernel, alone
 from .layout import Axis, Layout, Rows
-from .structure import Inserted
+from .structure import Inserted, StandIn
 from .variants import Variants
 
 NOBODYS = Variants.of({})
@@ -103,7 +103,7 @@ class Work:
         return sorted(found, key=lambda run: run.ranges)
 
 
-class _Around(nn.Module, ABC):
+class _Around(StandIn, ABC):
     """What both kinds of units do: other attributes are those of the module inside."""
 
     def __init__(self, inner: nn.Module) -> None:
@@ -151,8 +151,16 @@ class Parted(_Around):
         for table, attribute in self._slots[0][1]:
             table[attribute] = NOBODYS
 
+    def hold(self, names: frozenset[str]) -> None:
+        def copied(run: Run) -> Run:
+            pairs = zip(self.places, run.tensors, strict=True)
+            tensors = (t.detach().clone() if p.tensor in names else t for p, t in pairs)
+            return Run(run.ranges, tuple(tensors))
+
+        for work in self.todo:
+            work.runs = [copied(run) for run in work.runs]
+
     def let_go(self) -> None:
-        """Refer to no task's tensors any more."""
         self.todo.clear()
         for _, tables in self._slots:
             for table, attribute in tables:
@@ -193,6 +201,8 @@ class Parted(_Around):
             another = _copy(self._slots[0][0])
             self._slots.append((another, self._tables(another)))
         module, tables = self._slots[number + 1]
+        for one, other in zip(module.modules(), self._slots[0][0].modules(), strict=True):
+            one.training = other.training
         _bind(tables, run.tensors)
         return module(*args, **kwargs)
 
@@ -211,8 +221,10 @@ class Rowwise(_Around):
         self.kernel = kernel
         self.own: list[Mapping[str, Tensor]] = [{}]
 
+    def hold(self, names: frozenset[str]) -> None:
+        pass  # what runs at once writes to no buffer
+
     def let_go(self) -> None:
-        """Refer to no task's tensors any more."""
         self.own[0] = {}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

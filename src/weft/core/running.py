@@ -125,7 +125,7 @@ class Runner:
         outputs: dict[str, Any] = {}
         records: dict[str, Records] = {}
         shared = SharedInputs(parts.values())
-        with self._statistics_kept_on_error(states.values() if single else ()):
+        with self.statistics_kept_on_error(states.values() if single else ()):
             for name, state in states.items():
                 args, kwargs = shared.take(parts[name])
                 call = Call(context=context)
@@ -236,11 +236,11 @@ class Runner:
     # ------------------------------------------------------------- statistics
 
     @contextmanager
-    def _statistics_kept_on_error(self, states: Iterable[TaskState]) -> Iterator[None]:
-        """Take back what earlier layers wrote when a batch norm refuses a group of one row.
+    def statistics_kept_on_error(self, states: Iterable[TaskState]) -> Iterator[None]:
+        """Take back what earlier layers wrote when a forward fails.
 
         Raises:
-            DataError: in place of the batch norm's own error.
+            DataError: a batch norm refuses a group of one row.
         """
         kept: list[tuple[Tensor, Tensor]] = []
         for state in states:
@@ -248,10 +248,11 @@ class Runner:
             kept += [(tensors[n], tensors[n].clone()) for n in self.writable(state)]
         try:
             yield
-        except ValueError as error:
-            for tensor, before in kept:
-                tensor.copy_(before)
-            if "more than 1 value per channel" in str(error):
+        except Exception as error:
+            with torch.no_grad():
+                for tensor, before in kept:
+                    tensor.copy_(before)
+            if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
                 raise DataError(
                     "A group of one row is too small for a batch normalisation that the task "
                     "trains: it needs more than one value per channel. Use larger batches, drop "

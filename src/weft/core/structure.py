@@ -8,7 +8,8 @@ may still run parts of it again (activation checkpointing), until that backward 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -89,6 +90,18 @@ def keep_fused_paths_away(module: nn.Module, args: Any, output: Any) -> None:
     """A forward hook that does nothing."""
 
 
+class StandIn(nn.Module, ABC):
+    """What may take the place of a module in a structure."""
+
+    @abstractmethod
+    def hold(self, names: frozenset[str]) -> None:
+        """Hold throw-away copies of these buffers until the backward: it may run parts again."""
+
+    @abstractmethod
+    def let_go(self) -> None:
+        """Refer to no task's tensors any more."""
+
+
 class _Scratch:
     """A copy of a shared buffer, good as long as neither it nor the buffer has been written to."""
 
@@ -121,7 +134,7 @@ class Structure:
         self._slots = tensor_slots(self.module)
         self._held: dict[int, list[tuple[dict[str, nn.Module | None], str]]] | None = None
         self._replaced: list[tuple[dict[str, nn.Module | None], str, nn.Module]] = []
-        self._let_go: list[Callable[[], None]] = []
+        self._stand_ins: list[StandIn] = []
         own_buffers = {n for names in self.statistics.values() for n in names}
         self._foreign = frozenset(n for n, _ in buffers_of(self._slots)) - own_buffers
         self.inserted: dict[str, Inserted] = {}
@@ -200,6 +213,14 @@ class Structure:
         self._guarded = [slot for slot in self._buffer_slots if slot[0] in guarded]
 
     @property
+    def moving(self) -> frozenset[str]:
+        """Paths of the modules whose running statistics the next forward updates."""
+        if not self.module.training:
+            return frozenset()
+        mine = self.statistics.items()
+        return frozenset(path for path, names in mine if self._writable.issuperset(names))
+
+    @property
     def guarded(self) -> frozenset[str]:
         """Names of the buffers of which forwards get copies."""
         return self._foreign - self._writable
@@ -220,15 +241,14 @@ class Structure:
         for _, table, attribute in self._slots:
             table.pop(attribute, None)
 
-    def replace(self, module: nn.Module, by: nn.Module, let_go: Callable[[], None]) -> None:
+    def replace(self, module: nn.Module, by: StandIn) -> None:
         """Put another module in the place of one of this structure, until tensors are bound anew.
 
         Args:
             module: one of this structure.
             by: what its parents call in its place.
-            let_go: called when the module has its place again.
         """
-        self._let_go.append(let_go)
+        self._stand_ins.append(by)
         for table, name in self._holders()[id(module)]:
             self._replaced.append((table, name, module))
             table[name] = by
@@ -237,8 +257,8 @@ class Structure:
         while self._replaced:
             table, name, module = self._replaced.pop()
             table[name] = module
-        while self._let_go:
-            self._let_go.pop()()
+        while self._stand_ins:
+            self._stand_ins.pop().let_go()
 
     def _holders(self) -> dict[int, list[tuple[dict[str, nn.Module | None], str]]]:
         """By the identity of a child, every place that holds it."""
@@ -267,8 +287,10 @@ class Structure:
         # Activation checkpointing runs parts of the forward again during the backward; bound to
         # throw-away copies, it cannot update the statistics a second time.
         for name, table, attribute in self._buffer_slots:
-            if name in self._writable:
+            if name in self._writable and table.get(attribute) is self._bound[name]:
                 table[attribute] = table[attribute].detach().clone()
+        for stand_in in self._stand_ins:
+            stand_in.hold(self._writable)
         self._holds_copies = True
 
     # ---------------------------------------------------------------- running

@@ -55,7 +55,7 @@ class AtOnce:
                 del table[attribute]
             else:
                 table[attribute] = nobodys
-        structure.replace(self.unit.inner, self.unit, self.unit.let_go)
+        structure.replace(self.unit.inner, self.unit)
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,7 @@ class Units:
         self._parted: dict[str, Parted] = {}
         self._at_once: dict[tuple[str, frozenset[str]], Rowwise | None] = {}
         holders = _holders(structure)
+        self._around = {around[0]: around for around in holders.values() if around}
         for name, table, attribute in structure.slots:
             around = holders.get(id(table))
             if around is not None:
@@ -99,12 +100,18 @@ class Units:
         """Whether tasks that differ in a tensor differ in the trunk: side adapters are outside."""
         return name in self._slots
 
-    def choose(self, columns: Columns, found: Mapping[str, Layout]) -> Choice:
+    def choose(
+        self,
+        columns: Columns,
+        found: Mapping[str, Layout],
+        moving: frozenset[str] = frozenset(),
+    ) -> Choice:
         """Which modules part the rows where these tensors differ.
 
         Args:
             columns: what differs.
             found: by module, where rows are.
+            moving: paths of modules that compute statistics of each task's rows.
 
         Raises:
             RowsUnknownError: there are none.
@@ -112,9 +119,12 @@ class Units:
         at_once: dict[Around, AtOnce] = {}
         lowest: dict[Around, int] = {}
         broadcast: list[Slot] = []
-        for around, slots in self._holding(columns).items():
+        holding: dict[Around, list[Slot]] = {self._around[path]: [] for path in moving}
+        holding |= self._holding(columns)
+        for around, slots in holding.items():
             own = {attribute: columns[name] for name, _, attribute in slots}
-            unit = self._rowwise(around[0], own, found) if around else None
+            alone = not around or around[0] in moving
+            unit = None if alone else self._rowwise(around[0], own, found)
             place = _lowest(around, found)
             if unit is not None:
                 each = _each(found[around[0]])
@@ -127,8 +137,8 @@ class Units:
                 raise RowsUnknownError
         names = {around[place] for around, place in lowest.items()}
         outermost = {a[i] for a, i in lowest.items() if names.isdisjoint(a[i + 1 :])}
-        alone = (one for around, one in at_once.items() if names.isdisjoint(around))
-        return Choice(tuple(alone), tuple(outermost), tuple(broadcast))
+        inside = (one for around, one in at_once.items() if names.isdisjoint(around))
+        return Choice(tuple(inside), tuple(outermost), tuple(broadcast))
 
     def _holding(self, names: Iterable[str]) -> dict[Around, list[Slot]]:
         """The slots of tensors, by the modules around them."""
