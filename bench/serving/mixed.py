@@ -1,14 +1,16 @@
 """A batch that mixes tasks against one plain forward of the base, each pair in turn in one process.
 
-ResNet-34 without classifier, 32 rows at 96 px, tasks spread over the rows at random. Beside weft: the
-tasks one after another, and PEFT's LoRA with ``adapter_names`` on the same network.
+ResNet-34 without classifier, 32 rows, tasks spread over the rows at random. Beside weft: the tasks
+one after another, and PEFT's LoRA with ``adapter_names`` on the same network. At the end, how many
+operations are dispatched for 128 rows of 2 to 128 tasks.
 
-Run with: python bench/serving/mixed.py [--rounds 15] [--tasks 8 32] [--only NAME ...]
+Run with: python bench/serving/mixed.py [--rounds 9] [--side 224] [--tasks 8 32] [--only NAME ...]
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -23,7 +26,7 @@ import weft
 from resnet import ResNet34
 from timing import machine, milliseconds, paired, ratio
 
-ROWS, SIDE, CLASSES = 32, 96, 10
+ROWS, CLASSES = 32, 10
 
 Plan = Callable[[nn.Module], weft.Sharing]
 
@@ -39,7 +42,7 @@ PLANS: dict[str, Plan] = {
 def make_model(base: nn.Module, plan: Plan, tasks: int) -> weft.MultiTaskModel:
     """Tasks that look as if they had been trained; of TAPS each owns at most 30 % of the layers."""
     generator = torch.Generator().manual_seed(0)
-    model = weft.MultiTaskModel(base, plan(base), example=torch.zeros(2, 3, SIDE, SIDE))
+    model = weft.MultiTaskModel(base, plan(base), example=torch.zeros(2, 3, 32, 32))
     for number in range(tasks):
         name = f"task {number}"
         model.add_task(name, weft.Classification(CLASSES))
@@ -72,22 +75,64 @@ def peft_model(base: nn.Module, tasks: int) -> Any:
     return model.eval()
 
 
+class Count(TorchDispatchMode):
+    """Counts dispatched operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operations(base: nn.Module) -> None:
+    """Print how many operations a mixed batch of 128 small images takes."""
+    x = torch.randn(128, 3, 32, 32)
+    counts: dict[str, list[int]] = {"scale_bias": [], "heads only": [], "PEFT LoRA": []}
+    for tasks in (2, 8, 32, 128):
+        which = torch.arange(128).remainder(tasks)[torch.randperm(128)].tolist()
+        runs: dict[str, Callable[[], object]] = {}
+        for name, plan in (("scale_bias", weft.scale_bias), ("heads only", weft.linear_probe)):
+            model = make_model(base, plan, tasks)
+            runs[name] = lambda m=model, w=which: m(x, task=w)
+        adapted, names = peft_model(copy.deepcopy(base), tasks), [f"task{i}" for i in which]
+        runs["PEFT LoRA"] = lambda m=adapted, n=names: m(x, adapter_names=n)
+        for name, run in runs.items():
+            run()
+            with Count() as counter:
+                run()
+            counts[name].append(counter.count)
+    with Count() as counter:
+        base(x)
+    print(f"operations for 2, 8, 32 and 128 tasks (the base alone: {counter.count}): {counts}")
+
+
 def main() -> None:
     """Print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--side", type=int, default=224)
     parser.add_argument("--tasks", type=int, nargs="+", default=[8, 32])
-    parser.add_argument("--only", nargs="+", choices=[*PLANS, "peft"], default=[*PLANS, "peft"])
+    parser.add_argument("--threads", type=int)
+    every = [*PLANS, "peft", "operations"]
+    parser.add_argument("--only", nargs="+", choices=every, default=every)
     given = parser.parse_args()
+    if given.threads:
+        torch.set_num_threads(given.threads)
     print(machine())
     torch.manual_seed(0)
     base = ResNet34().eval()
-    x = torch.randn(ROWS, 3, SIDE, SIDE)
+    x = torch.randn(ROWS, 3, given.side, given.side)
     with torch.inference_mode():
         for tasks in given.tasks:
             which = torch.arange(ROWS).remainder(tasks)[torch.randperm(ROWS)]
             for name in given.only:
-                report(name, base, x, which, tasks, given.rounds)
+                if name != "operations":
+                    report(name, base, x, which, tasks, given.rounds)
+        if "operations" in given.only:
+            operations(base)
 
 
 def report(
@@ -96,9 +141,8 @@ def report(
     """One row: a mixed batch and tasks apart, to the base alone."""
     contestants: dict[str, Callable[[], object]] = {"base": lambda: base(x)}
     if name == "peft":
-        import copy
-
         adapted = peft_model(copy.deepcopy(base), tasks)
+        name = "PEFT LoRA, r = 8"
         names = [f"task{i}" for i in which.tolist()]
         contestants["mixed"] = lambda: adapted(x, adapter_names=names)
     else:
@@ -111,7 +155,7 @@ def report(
         contestants["mixed"] = lambda: model(x, task=names)
         contestants["apart"] = lambda: [model(x[i], task=n) for n, i in present.items()]
     seconds = paired(contestants, rounds)
-    line = f"{tasks} tasks, {name}: base {milliseconds(seconds['base'])}"
+    line = f"{x.shape[-1]} px, {tasks} tasks, {name}: base {milliseconds(seconds['base'])}"
     for contestant in contestants:
         if contestant != "base":
             line += f"; {contestant} {ratio(seconds, contestant, 'base')}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -23,6 +23,10 @@ HARDLY = 0.75
 """Tasks that save less than the rest of this share of their functions run faster apart."""
 
 
+MOST_SETS = 1024
+"""Sets of tasks that are remembered to share hardly anything."""
+
+
 class OneInput:
     """Runs all tasks of a model on the same input.
 
@@ -34,11 +38,16 @@ class OneInput:
         self._runner = runner
         self._likeness = Likeness()
         self._wrapped: WeakSet[Pool] = WeakSet()
-        self._hardly_shared: set[frozenset[str]] = set()
+        self._hardly_shared: dict[frozenset[str], None] = {}
 
     def forget(self) -> None:
         """Let go of what earlier forwards showed about tasks that have changed since."""
         self._hardly_shared.clear()
+
+    def _remember(self, names: Iterable[str]) -> None:
+        while len(self._hardly_shared) >= MOST_SETS:
+            self._hardly_shared.pop(next(iter(self._hardly_shared)), None)
+        self._hardly_shared[frozenset(names)] = None
 
     def run(
         self, states: Mapping[str, TaskState], batch: Arguments, context: Mapping[str, Any]
@@ -75,7 +84,7 @@ class OneInput:
                 # ever; an error of the base itself shows there.
                 if len(names) == 1:
                     raise
-                self._hardly_shared.add(frozenset(names))
+                self._remember(names)
                 waiting += [[name] for name in names]
         return {name: outputs[name] for name in states}
 
@@ -126,7 +135,7 @@ class OneInput:
                 features = select_output(output, self._runner.output)
                 side = structure.taps(call.records)
         if together.share > HARDLY:
-            self._hardly_shared.add(frozenset(states))
+            self._remember(states)
         outputs: dict[str, Any] = {}
         for task, (name, state) in enumerate(states.items()):
             mine, taps = value_for(task, (features, side))

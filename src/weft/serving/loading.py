@@ -14,12 +14,12 @@ from weft.bank.checking import well_formed
 from weft.core.model import MultiTaskModel
 from weft.core.sites import named_tensors
 from weft.core.state import TaskState
+from weft.core.subset import subset
 from weft.core.task import Task
 from weft.errors import BankError
 
 from .halving import halve
 from .residency import Resident
-from .subset import subset
 
 Output = str | int | Callable[[Any], Tensor] | None
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from weft.core.model import MultiTaskModel
-from weft.core.state import TaskState, TaskTable
+from .model import MultiTaskModel
+from .state import TaskState, TaskTable
 
 
 def subset(model: MultiTaskModel, states: Mapping[str, TaskState]) -> MultiTaskModel:
