@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -57,6 +58,18 @@ class Layout:
 
     inputs: Rows
     output: Rows
+
+    @cached_property
+    def one_tensor(self) -> tuple[Axis, Axis] | None:
+        """Where rows are in the input and in the output, if both are one tensor."""
+        ones = (self.inputs.structure == _ONE_INPUT, self.output.structure.is_leaf())
+        axes = (*self.inputs.axes, *self.output.axes)
+        if not all(ones) or axes[0] is None or axes[1] is None:
+            return None
+        return axes[0], axes[1]
+
+
+_ONE_INPUT = pytree.tree_structure(((0,), {}))
 
 
 @dataclass

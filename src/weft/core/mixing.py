@@ -119,10 +119,18 @@ class Mixing:
         index = _Index(groups)
         for name, table, attribute in choice.broadcast:
             table[attribute] = index.rows(columns[name], 1).squeeze(1)
+        wanted = [
+            (one, attribute, columns[name])
+            for one in choice.at_once
+            for name, _, attribute in one.slots
+            if columns[name][0].is_floating_point()  # no kernel reads how often a layer was trained
+        ]
+        own: dict[int, dict[str, Tensor]] = {}
+        rows = index.all_rows([(column, one.each) for one, _, column in wanted])
+        for (one, attribute, _), tensor in zip(wanted, rows, strict=True):
+            own.setdefault(id(one), {})[attribute] = tensor
         for one in choice.at_once:
-            one.unit.own[0] = {
-                attribute: index.rows(columns[name], one.each) for name, _, attribute in one.slots
-            }
+            one.unit.own[0] = own.get(id(one), {})
             one.install(structure)
         for name in choice.task_by_task:
             unit = units.parted(name)
@@ -170,14 +178,20 @@ def _runs(
 
 def differing(
     units: Units, base: Mapping[str, Tensor], groups: Sequence[Group]
-) -> dict[str, list[Tensor]]:
+) -> dict[str, tuple[Tensor, ...]]:
     """By name, each group's tensor, where they are not all the same."""
-    columns: dict[str, list[Tensor]] = {}
-    for name in dict.fromkeys(name for group in groups for name in group.tensors):
-        column = [group.tensors[name] if name in group.tensors else base[name] for group in groups]
-        if name in units and any(tensor is not column[0] for tensor in column):
-            columns[name] = column
-    return columns
+    names = list(groups[0].tensors)
+    if all(list(group.tensors) == names for group in groups):
+        columns = zip(*(group.tensors.values() for group in groups), strict=True)
+    else:
+        names = list(dict.fromkeys(name for group in groups for name in group.tensors))
+        tensors = [{**base, **group.tensors} for group in groups]
+        columns = zip(*(map(each.__getitem__, names) for each in tensors), strict=True)
+    return {
+        name: column
+        for name, column in zip(names, columns, strict=True)
+        if name in units and any(tensor is not column[0] for tensor in column)
+    }
 
 
 class _Index:
@@ -198,10 +212,31 @@ class _Index:
             column: of each group, its tensor.
             each: how many times.
         """
+        return self._chosen(torch.stack(tuple(column)), each)
+
+    def all_rows(self, columns: Sequence[tuple[Sequence[Tensor], int]]) -> list[Tensor]:
+        """The same for many columns; vectors of one kind are joined at once, not one by one."""
+        found: list[Tensor | None] = [None] * len(columns)
+        kinds: dict[Any, list[int]] = {}
+        for number, (column, each) in enumerate(columns):
+            first = column[0]
+            if first.dim() == 1:
+                kinds.setdefault((first.dtype, first.device), []).append(number)
+            else:
+                found[number] = self.rows(column, each)
+        for numbers in kinds.values():
+            joined = torch.cat([t for number in numbers for t in columns[number][0]])
+            lengths = [len(c) * c[0].shape[0] for c, _ in (columns[number] for number in numbers)]
+            for number, part in zip(numbers, joined.split(lengths), strict=True):
+                column, each = columns[number]
+                found[number] = self._chosen(part.view(len(column), -1), each)
+        return [tensor for tensor in found if tensor is not None]
+
+    def _chosen(self, stacked: Tensor, each: int) -> Tensor:
         index = self._index.get(each)
         if index is None:
             index = self._index[each] = self._index[1].repeat_interleave(each)
-        return torch.stack(tuple(column)).index_select(0, index.to(column[0].device))
+        return stacked.index_select(0, index.to(stacked.device))
 
 
 def _kind(batch: Arguments, rows: int) -> Any:

@@ -173,6 +173,8 @@ class Parted(_Around):
             RowsUnknownError: the call is not like those that the layout was found by.
         """
         work = self.todo[0]
+        if work.layout.one_tensor and len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+            return self._of_one_tensor(args[0], work, *work.layout.one_tensor)
         leaves, structure = pytree.tree_flatten((args, kwargs))
         inputs = work.layout.inputs
         if structure != inputs.structure:
@@ -187,6 +189,15 @@ class Parted(_Around):
             own_args, own_kwargs = pytree.tree_unflatten(mine, structure)
             outputs.append(self._run(number, run, own_args, own_kwargs))
         return outputs[0] if len(outputs) == 1 else _joined(outputs, runs, work.layout.output)
+
+    def _of_one_tensor(self, x: Tensor, work: Work, before: Axis, after: Axis) -> Any:
+        """The same where a module takes and gives one tensor, as most do."""
+        if x.shape[before.place] != work.rows * before.each:
+            raise RowsUnknownError
+        runs = work.split(x.numel() // work.rows)
+        parts = (_part(x, before, run.ranges) for run in runs)
+        outputs = [self._run(i, runs[i], (part,), {}) for i, part in enumerate(parts)]
+        return outputs[0] if len(outputs) == 1 else _in_order(outputs, runs, after)
 
     def _run(self, number: int, run: Run, args: Any, kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -256,18 +267,24 @@ def _joined(outputs: list[Any], runs: Sequence[Run], rows: Rows) -> Any:
     flat = [pytree.tree_flatten(output) for output in outputs]
     if any(structure != rows.structure for _, structure in flat):
         raise RowsUnknownError
-    ranges = [one for run in runs for one in run.ranges]
     columns = zip(*(leaves for leaves, _ in flat), strict=True)
-    joined = []
-    for column, axis in zip(columns, rows.axes, strict=True):
-        value = column[0] if axis is None else torch.cat(column, axis.place)
-        if axis is not None and ranges != sorted(ranges):
-            places = _index(ranges, axis.each)
-            order = torch.empty_like(places)
-            order[places] = torch.arange(len(places))
-            value = value.index_select(axis.place, order.to(value.device))
-        joined.append(value)
+    joined = [
+        column[0] if axis is None else _in_order(column, runs, axis)
+        for column, axis in zip(columns, rows.axes, strict=True)
+    ]
     return pytree.tree_unflatten(joined, rows.structure)
+
+
+def _in_order(parts: Sequence[Tensor], runs: Sequence[Run], axis: Axis) -> Tensor:
+    """The rows of all runs, in order."""
+    value = torch.cat(tuple(parts), axis.place)
+    ranges = [one for run in runs for one in run.ranges]
+    if ranges == sorted(ranges):
+        return value
+    places = _index(ranges, axis.each)
+    order = torch.empty_like(places)
+    order[places] = torch.arange(len(places))
+    return value.index_select(axis.place, order.to(value.device))
 
 
 def _bind(tables: Sequence[tuple[dict[str, Any], str]], tensors: Sequence[Tensor]) -> None:

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import replace
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 import torch
@@ -75,6 +76,10 @@ class TensorTable(nn.Module, MutableMapping[str, Tensor]):
 
     def __bool__(self) -> bool:
         return True
+
+    def tensors(self) -> Iterator[Tensor]:
+        """The tensors without their keys."""
+        return chain(self._parameters.values(), self._buffers.values())  # type: ignore[arg-type]
 
     def to_dict(self) -> dict[str, Tensor]:
         """A plain dictionary of the tensors, made faster than by the mapping's own means."""
