@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Hashable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .sites import named_tensors, tensor_slots
+
+
+@dataclass(frozen=True)
+class Alone:
+    """The form of a module that no other one has.
+
+    Args:
+        identity: of the module.
+    """
+
+    identity: int
+
 
 _EVERY_MODULE = frozenset(vars(nn.Module()))
 _PLAIN = (int, float, str, bool, type(None), torch.dtype)
@@ -31,8 +44,12 @@ def form_of(module: nn.Module | None) -> Hashable:
         (name, attribute, table[attribute].shape, table[attribute].dtype)
         for name, table, attribute in tensor_slots(module)
     )
-    parts = tuple((path, *_part(child)) for path, child in module.named_modules())
-    return (slots, parts) if all(None not in part for part in parts) else id(module)
+    first: dict[int, str] = {}  # a module that is there twice is known by its first place
+    parts = tuple(
+        (path, first.setdefault(id(child), path), *_part(child))
+        for path, child in module.named_modules(remove_duplicate=False)
+    )
+    return (slots, parts) if all(None not in part for part in parts) else Alone(id(module))
 
 
 def _part(module: nn.Module) -> tuple[type, tuple[tuple[str, str], ...] | None]:

@@ -40,7 +40,17 @@ def kernel_for(layer: nn.Module, own: frozenset[str]) -> Kernel | None:
     Returns:
         None if the layer has to run task by task.
     """
+    if has_hooks(layer) or not own <= _VECTORS | {"weight"}:
+        return None
     return _kernel(layer, own)
+
+
+_VECTORS = frozenset({"bias", "running_mean", "running_var", "num_batches_tracked"})
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something happens around the forward of a module."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def copies_weights(layer: nn.Module, own: frozenset[str]) -> bool:
@@ -77,11 +87,12 @@ def is_one_image(layer: nn.Module, *args: Any) -> bool:  # noqa: ARG001
 @is_one_image.register
 def _(layer: nn.Conv2d, *args: Any) -> bool:
     x = args[0]
-    plain = is_plain(layer) and layer.padding_mode == "zeros" and not layer._forward_hooks
+    plain = is_plain(layer) and layer.padding_mode == "zeros" and not has_hooks(layer)
     small = x.dim() == 4 and x.shape[0] == 1 and x.numel() <= 20480
     fits = x.device.type == "cpu" and x.dtype == torch.float32 and x.dtype == layer.weight.dtype
     known = not isinstance(layer.padding, str) and layer.groups == 1
-    return plain and small and fits and known and torch.backends.mkldnn.is_available()
+    usual = torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled("cpu")
+    return plain and small and fits and known and usual
 
 
 @singledispatch
@@ -218,11 +229,11 @@ def _linear(layer: nn.Linear, own: Own, x: Tensor) -> Tensor:
         wide = x.reshape(x.shape[0], -1, x.shape[-1])
         y = torch.bmm(wide, own["weight"].transpose(1, 2)).reshape(*x.shape[:-1], -1)
     else:
-        y = F.linear(x, layer.weight)
+        y = F.linear(x, layer.weight, None if "bias" in own else layer.bias)
     if "bias" in own:
-        bias = own["bias"]
+        bias = own["bias"].to(y.dtype)
         return y + bias.reshape(bias.shape[0], *(1,) * (y.dim() - 2), bias.shape[1])
-    return y if layer.bias is None else y + layer.bias
+    return y if "weight" not in own or layer.bias is None else y + layer.bias.to(y.dtype)
 
 
 @_kernel.register
@@ -240,4 +251,4 @@ def _shifted(layer: _ConvNd, own: Own, x: Tensor) -> Tensor:
     finally:
         del parameters["bias"]
         parameters.update(held)
-    return y + own["bias"].view(*own["bias"].shape, *(1,) * (y.dim() - 2))
+    return y + _over(own["bias"].to(y.dtype), y)

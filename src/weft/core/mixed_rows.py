@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from weft.errors import WeftError
 
 from .adapter import Call
-from .forms import form_of, skeleton
+from .drawing import disturbed, drawn_rows
+from .forms import Alone, form_of, skeleton
 from .mixing import Group, Mixing
 from .pool import Pool
 from .rows import Answer, Arguments, select_output, select_rows
 from .rowwise import RowsUnknownError
-from .sites import named_tensors
+from .sites import evaluating, named_tensors
 from .state import TaskState
 
 if TYPE_CHECKING:
     from .running import Runner
 
 
-COMPARED = 4
-"""Tasks of which a row is compared where a new way to part rows is used for the first time."""
+COMPARED = 8
+"""Tasks that are checked at once where a module parts rows for the first time."""
+
+ROWS_EACH = 2
+"""Rows of each of them."""
+
+AGREEMENT = {torch.float64: 1e-9, torch.float32: 3e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+"""What may differ between a row in a mixed batch and alone, relative to the largest number."""
 
 
 class MixedRows:
@@ -40,8 +49,12 @@ class MixedRows:
         self._runner = runner
         self.mixing = Mixing()
         self._heads: dict[Hashable, Pool] = {}
-        self._apart: WeakSet[Pool] = WeakSet()
-        self._verified: WeakKeyDictionary[Pool, set[Hashable]] = WeakKeyDictionary()
+        self._checked: WeakKeyDictionary[Pool, _Checked] = WeakKeyDictionary()
+
+    def forget(self) -> None:
+        """Let go of tensors of tasks that are gone."""
+        for pool in self._heads.values():
+            pool.sweep()
 
     def run(
         self,
@@ -88,22 +101,26 @@ class MixedRows:
         order = [place for name in states for place in places[name]]
         parts = batch if order == list(range(rows)) else select_rows(batch, order, rows)
         apart = partial(self._one_by_one, states, places, parts, len(order), context, training)
-        if len(states) > 1 and pool not in self._apart and self._can_mix(states, context, training):
-            try:
-                if not training:
-                    return self._together(pool, states, places, parts)
-                return self._train_together(pool, states, places, parts)
-            except RowsUnknownError:
-                pass
-            except (WeftError, torch.OutOfMemoryError):
-                raise
-            except Exception:
-                # A parent that reads a child's tensors finds none. Task by task it runs as ever; an
-                # error of the base itself shows there.
-                answers = apart()
-                self._apart.add(pool)
-                return answers
-        return apart()
+        if len(states) < 2 or not self._can_mix(states, context, training):
+            return apart()
+        versions = _versions(parts)
+        try:
+            if not training:
+                return self._together(pool, states, places, parts)
+            return self._train_together(pool, states, places, parts)
+        except (WeftError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            # Task by task the network runs as ever; an error of the base itself shows there.
+            if _versions(parts) != versions:
+                raise  # it wrote to its input and failed: there is nothing to begin again with
+            answers = apart()
+            if isinstance(error, MixedForwardError):
+                self._checks(pool).refused.add(error.how)
+            return answers
+
+    def _checks(self, pool: Pool) -> _Checked:
+        return self._checked.setdefault(pool, _Checked())
 
     def _can_mix(
         self, states: Mapping[str, TaskState], context: Mapping[str, Any], training: bool
@@ -176,66 +193,94 @@ class MixedRows:
             Group(*bounds[name], self._runner.changes(state, base))
             for name, state in states.items()
         ]
-        call = Call()
-        features = self._trunk(pool, base, groups, batch, call, states, writable)
+        call, read = Call(), partial(select_output, which=self._runner.output)
+        features: Tensor = self._run(pool, base, groups, batch, call, read, writable)
+        self._runner.has_run_on(*batch)
         side = self._taps(pool, states, groups, base, call)
         return self._heads_on(states, places, bounds, features, side)
 
-    def _trunk(
+    def _run(
         self,
         pool: Pool,
         base: Mapping[str, Tensor],
         groups: Sequence[Group],
         batch: Arguments,
         call: Call,
-        states: Mapping[str, TaskState],
-        writable: frozenset[str] | None,
-    ) -> Tensor:
-        """What the heads read, rows first."""
-        args, kwargs = batch
-        if writable is not None and pool not in self._verified:
-            with torch.no_grad():
-                self._trunk(pool, base, groups, batch, Call(), states, None)
-        with self.mixing.bound(pool, base, groups, batch, writable) as (structure, how):
-            with self._runner.shapes_explained(args, kwargs):
-                output = structure.run(args, kwargs, call)
-            features = select_output(output, self._runner.output)
-            if features.shape[:1] != (groups[-1].stop,):
-                raise RowsUnknownError
-            if features is not output and torch.is_grad_enabled():
-                structure.await_backward(features)
-        if writable is None:
-            self._verify(pool, how, states, groups, batch, features)
-        return features
+        read: Callable[[Any], Any],
+        writable: frozenset[str] | None = None,
+    ) -> Any:
+        """What is read of the output for all groups, rows first.
 
-    def _verify(
+        Raises:
+            RowsUnknownError: the groups have to run one by one.
+            MixedForwardError: the forward failed, for whatever reason.
+        """
+        args, kwargs = batch
+        checks, training = self._checks(pool), writable is not None
+        for checked in (False, True):
+            with self.mixing.bound(pool, base, groups, batch, read, writable) as (structure, how):
+                if how in checks.refused:
+                    raise RowsUnknownError
+                if how - structure.moving <= checks.right[training]:
+                    try:
+                        output = structure.run(args, kwargs, call)
+                    except (WeftError, torch.OutOfMemoryError):
+                        raise
+                    except Exception as error:
+                        raise MixedForwardError(how) from error
+                    value = read(output)
+                    if value is not output and torch.is_grad_enabled():
+                        structure.await_backward(value)
+                    return value
+            if not checked:
+                self._check(pool, base, groups, batch, read, how, training)
+        raise RowsUnknownError
+
+    def _check(
         self,
         pool: Pool,
-        how: frozenset[Hashable],
-        states: Mapping[str, TaskState],
+        base: Mapping[str, Tensor],
         groups: Sequence[Group],
         batch: Arguments,
-        features: Tensor,
+        read: Callable[[Any], Any],
+        how: Hashable,
+        training: bool,
     ) -> None:
-        """Compare what new units give with what tasks give on their own, once.
+        """Compare what units give with what tasks give on their own, once.
+
+        Inputs are drawn, and tasks are disturbed: rows and tasks that are alike by chance show
+        nothing. What is random in training, and statistics, are left out.
 
         Raises:
             RowsUnknownError: they differ.
         """
-        verified = self._verified.setdefault(pool, set())
-        if how <= verified:
-            return
-        rows = len(features)
-        with torch.no_grad():
-            some = [*zip(states.values(), groups, strict=True)][:: -(-len(states) // COMPARED)]
-            for state, group in some:
-                start = group.start
-                args, kwargs = select_rows(batch, [start], rows)
-                alone = self._runner.features(state, args, kwargs)
-                if not _agree(features[start : start + 1], alone):
-                    self._apart.add(pool)
-                    raise RowsUnknownError
-        verified |= how
+        rows, writable = groups[-1].stop, frozenset[str]() if training else None
+        generator = torch.Generator().manual_seed(0)
+        checks = self._checks(pool)
+        for some in _chunks(groups, COMPARED):
+            known: dict[int, Tensor] = {}
+            count = ROWS_EACH * len(some)
+            drawn = drawn_rows(batch, rows, count, seed=1)
+            args, kwargs = drawn
+            starts = range(0, count, ROWS_EACH)
+            others = [
+                Group(start, start + ROWS_EACH, disturbed(group.tensors, known, generator))
+                for start, group in zip(starts, some, strict=True)
+            ]
+            with torch.no_grad():
+                with self.mixing.bound(pool, base, others, drawn, read, writable) as (mixed, found):
+                    with evaluating(mixed.module):
+                        value = read(mixed.run(args, kwargs, Call()))
+                for group in others:
+                    args, kwargs = select_rows(drawn, range(group.start, group.stop), count)
+                    with pool.lease() as structure, evaluating(structure.module):
+                        structure.set_mode(training, frozenset())
+                        structure.bind({**base, **group.tensors})
+                        alone = read(structure.run(args, kwargs, Call()))
+                    if not _agree(_rows_in(value, group), alone):
+                        checks.refused.add(how)
+                        raise RowsUnknownError
+            checks.right[training].update(found)
 
     def _taps(
         self,
@@ -249,11 +294,10 @@ class MixedRows:
         found: dict[str, dict[str, Tensor]] = {}
         for (name, state), group in zip(states.items(), groups, strict=True):
             if state.task.taps:
-                mine = {
-                    site: {"feature": record["feature"][group.start : group.stop]}
-                    for site, record in call.records.items()
-                    if "feature" in record
-                }
+                records = {s: r["feature"] for s, r in call.records.items() if "feature" in r}
+                if any(len(feature) != groups[-1].stop for feature in records.values()):
+                    raise RowsUnknownError
+                mine = {s: {"feature": _rows_in(f, group)} for s, f in records.items()}
                 with pool.lease() as structure:
                     structure.bind({**base, **group.tensors})
                     found[name] = structure.taps(mine)
@@ -283,15 +327,17 @@ class MixedRows:
             where = [place for name in names for place in places[name]]
             if head is None:
                 output: Any = mine
-            elif len(names) == 1:
+            elif len(names) == 1 or (_one(states, names) and not head.training):
                 read = (mine, side[names[0]]) if names[0] in side else (mine,)
                 output = head(*read)
             else:
                 heads = [states[name].head for name in names]
                 lengths = [bounds[name][1] - bounds[name][0] for name in names]
                 try:
+                    if isinstance(form, Alone):
+                        raise RowsUnknownError
                     output = self._alike(form, heads, lengths, mine)
-                except RowsUnknownError:
+                except (RowsUnknownError, MixedForwardError):
                     parts = zip(heads, mine.split(lengths), names, strict=True)
                     answers += [Answer((n,), places[n], h(x)) for h, x, n in parts if h is not None]
                     continue
@@ -319,12 +365,59 @@ class MixedRows:
         for own, length in zip(tensors, lengths, strict=True):
             groups.append(Group(start, start + length, own))
             start += length
-        batch: Arguments = ((features,), {})
-        with self.mixing.bound(pool, tensors[0], groups, batch) as (structure, _):
-            output = structure.run(*batch, Call())
-        if isinstance(output, Tensor) and output.shape[:1] == features.shape[:1]:
-            return output
-        raise RowsUnknownError
+        return self._run(pool, tensors[0], groups, ((features,), {}), Call(), _as_it_is)
+
+
+class MixedForwardError(Exception):
+    """A forward for several tasks failed.
+
+    Args:
+        how: its modules part the rows.
+    """
+
+    def __init__(self, how: Hashable) -> None:
+        super().__init__(how)
+        self.how = how
+
+
+@dataclass
+class _Checked:
+    """What is known about the units of the structures of a pool.
+
+    Args:
+        right: units that agreed with tasks alone, in eval mode and in training mode.
+        refused: ways to part rows that did not, or that failed where tasks alone did not.
+    """
+
+    right: tuple[set[Hashable], set[Hashable]] = field(default_factory=lambda: (set(), set()))
+    refused: set[Hashable] = field(default_factory=set)
+
+
+def _as_it_is(output: Any) -> Any:
+    return output
+
+
+def _one(states: Mapping[str, TaskState], names: Sequence[str]) -> bool:
+    """Whether tasks have one and the same head."""
+    return len({id(states[name].head) for name in names}) == 1
+
+
+def _versions(batch: Arguments) -> list[int]:
+    """How often each tensor of a batch has been written to."""
+    tensors = (leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor))
+    return [tensor._version for tensor in tensors if not tensor.is_inference()]
+
+
+def _chunks(groups: Sequence[Group], size: int) -> list[Sequence[Group]]:
+    """The groups in parts of about this size, none alone."""
+    parts = [groups[i : i + size] for i in range(0, len(groups), size)]
+    if len(parts) > 1 and len(parts[-1]) == 1:
+        parts[-2:] = [[*parts[-2], *parts[-1]]]
+    return parts
+
+
+def _rows_in(value: Any, group: Group) -> Any:
+    return pytree.tree_map_only(Tensor, lambda t: t[group.start : group.stop], value)
 
 
 def _like(state: TaskState) -> tuple[str, ...]:
@@ -350,11 +443,18 @@ def _rows_of(features: Tensor, bounds: Sequence[tuple[int, int]]) -> Tensor:
     return torch.cat([features[a:b] for a, b in bounds])
 
 
-def _agree(one: Tensor, other: Tensor) -> bool:
+def _agree(one: Any, other: Any) -> bool:
     """Whether two outputs are the same but for rounding."""
+    mine, theirs = pytree.tree_leaves(one), pytree.tree_leaves(other)
+    return len(mine) == len(theirs) and all(map(_close, mine, theirs))
+
+
+def _close(one: Any, other: Any) -> bool:
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return bool(one == other)
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
-    if not one.is_floating_point():
+    if not one.is_floating_point() or not one.numel():
         return torch.equal(one, other)
-    allowed = torch.finfo(one.dtype).eps ** 0.5 * other.abs().amax()
-    return bool(torch.allclose(one, other, rtol=0.0, atol=float(allowed), equal_nan=True))
+    allowed = AGREEMENT.get(one.dtype, 0.1) * float(other.abs().nan_to_num(0.0, 0.0, 0.0).amax())
+    return torch.allclose(one, other, rtol=0.0, atol=allowed, equal_nan=True)

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, final
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from weft.errors import LeaseError, PlanError
+from weft.errors import DataError, LeaseError, PlanError, TaskError
 
 from .adapter import Call
 from .forms import form_of, skeleton
 from .layout import Layout
 from .mixing import Group, Mixing, differing
 from .pool import Pool
-from .rows import Arguments, call_arguments, select_output
+from .rows import call_arguments, count_rows, select_output
 from .rowwise import RowsUnknownError
 from .sites import named_tensors
 from .state import TaskState
@@ -60,8 +61,8 @@ class Choosing:
 class MixedView(nn.Module):
     """Several tasks as one module, ``view(x, task=indices)``, with one graph for all mixes.
 
-    It is made by ``model.mixed_view(tasks)`` and holds copies of what the tasks own, stacked: it
-    does not follow later training.
+    It is made by ``model.mixed_view(tasks)``. What the tasks own is stacked, a copy; what they
+    share is the model's. Take a new view after training. One thread at a time runs it.
 
     Args:
         trunk: the structure of the base.
@@ -90,6 +91,7 @@ class MixedView(nn.Module):
         self._trunk = trunk
         self._heads = heads
         self._output = output
+        self._lock = threading.Lock()
         self.training = False
         weakref.finalize(self, release).atexit = False
 
@@ -103,15 +105,54 @@ class MixedView(nn.Module):
 
         Returns:
             (rows, ...), in eval mode.
+
+        Raises:
+            DataError: ``task`` has not one index for each row.
+            TaskError: an index of no task.
+            LeaseError: a forward is running, or a backward has not run yet.
         """
+        if torch.compiler.is_compiling():
+            self._trunk.choose(self, task)
+            self._trunk.structure.begin(Call())
+            features = select_output(self.structure(*inputs, **kwargs), self._output)
+            if self._heads is None or self.heads is None:
+                return features
+            self._heads.choose(self, task)
+            answer: Tensor = self.heads(features)
+            return answer
+        self._check(inputs, kwargs, task)
+        if not self._lock.acquire(blocking=False):
+            raise LeaseError("A forward of this view is running in another thread. Take another.")
+        try:
+            return self._run(inputs, kwargs, task)
+        finally:
+            self._lock.release()
+
+    def _run(self, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], task: Tensor) -> Tensor:
+        structure = self._trunk.structure
+        if structure.busy or (self._heads is not None and self._heads.structure.busy):
+            raise LeaseError(
+                "A backward of this view has not run yet. Call backward() or drop its outputs."
+            )
         self._trunk.choose(self, task)
-        self._trunk.structure.begin(Call())
-        features = select_output(self.structure(*inputs, **kwargs), self._output)
-        if self._heads is None or self.heads is None:
+        output = structure.run(inputs, kwargs, Call())
+        features = select_output(output, self._output)
+        if features is not output and torch.is_grad_enabled():
+            structure.await_backward(features)
+        if self._heads is None:
             return features
         self._heads.choose(self, task)
-        answer: Tensor = self.heads(features)
+        answer: Tensor = self._heads.structure.run((features,), {}, Call())
         return answer
+
+    def _check(self, inputs: Any, kwargs: Any, task: Tensor) -> None:
+        rows = count_rows(inputs, kwargs)
+        if task.shape != (rows,):
+            raise DataError(
+                f"One task per row: task has shape {tuple(task.shape)} for {rows} rows."
+            )
+        if rows and not 0 <= int(task.min()) <= int(task.max()) < len(self.task_names):
+            raise TaskError(f"A task index is outside 0..{len(self.task_names) - 1}.")
 
     def train(self, mode: bool = True) -> MixedView:
         """Eval mode only.
@@ -161,11 +202,14 @@ def chooser(
     columns = differing(units, base, groups)
     try:
         choice = units.choose(columns, found)
-    except RowsUnknownError:
+        if choice.task_by_task or choice.broadcast or (columns and not found):
+            first = (*choice.task_by_task, *(slot[0] for slot in choice.broadcast), "the base")[0]
+            raise PlanError(_REASON.format(f"'{first.removesuffix(':')}'", next(iter(columns))))
+    except (PlanError, RowsUnknownError) as error:
+        pool.release(structure)
+        if isinstance(error, PlanError):
+            raise
         raise PlanError(_REASON.format("the base itself", next(iter(columns)))) from None
-    if choice.task_by_task or choice.broadcast:
-        first = (*choice.task_by_task, *(slot[0] for slot in choice.broadcast))[0]
-        raise PlanError(_REASON.format(f"'{first.removesuffix(':')}'", next(iter(columns))))
     stacks: dict[str, Tensor] = {}
     chosen = []
     for one in choice.at_once:
@@ -224,24 +268,35 @@ def mixed_view(
             f"The heads of '{one}' and '{other}' differ in form, so no graph computes both. Give "
             "tasks with heads of one form, or call the model, model(x, task=[...])."
         )
-    batch = unlike(call_arguments((example,), {}))
+    batch = call_arguments((example,), {})
+    rows = count_rows(*batch)
     first = next(iter(states.values()))
     base = runner.tensors_read(first)
+    read = partial(select_output, which=runner.output)
     with torch.inference_mode(False), torch.no_grad():
         tensors = {name: runner.changes(state, base) for name, state in states.items()}
-        found = mixing.layout(pool, {**base, **next(iter(tensors.values()))}, batch, THREE)
-        features = runner.features(first, *batch)
+        complete = {**base, **next(iter(tensors.values()))}
+        found = mixing.layout(pool, complete, batch, rows, read)
         trunk, stacks = chooser(mixing, pool, base, tensors, found, "trunk")
         leased = [(pool, trunk.structure)]
         heads = None
         if first.head is not None:
+            with pool.lease() as structure:
+                structure.bind(complete)
+                features = read(structure.run(*batch, Call()))
             tops = {
-                n: dict(named_tensors(nn.Sequential(s.head))) for n, s in states.items() if s.head
+                name: dict(named_tensors(nn.Sequential(state.head)))
+                for name, state in states.items()
+                if state.head is not None
             }
             whole = next(iter(tops.values()))
             head_pool = Pool(skeleton(nn.Sequential(first.head)), {})
-            found = mixing.layout(head_pool, whole, unlike(((features,), {})), THREE)
-            heads, more = chooser(mixing, head_pool, whole, tops, found, "head")
+            found = mixing.layout(head_pool, whole, ((features,), {}), rows)
+            try:
+                heads, more = chooser(mixing, head_pool, whole, tops, found, "head")
+            except PlanError:
+                pool.release(trunk.structure)
+                raise
             stacks |= more
             leased.append((head_pool, heads.structure))
 
@@ -250,28 +305,3 @@ def mixed_view(
             its_pool.release(structure)
 
     return MixedView(trunk, heads, stacks, runner.output, tuple(states), release)
-
-
-THREE = 3
-
-
-def unlike(example: Arguments) -> Arguments:
-    """Three rows that are unlike one another, of the kind of an example.
-
-    Numbers are drawn at random. Indices are moved within their row, so that they stay valid.
-    """
-    generator = torch.Generator().manual_seed(0)
-
-    def rows(tensor: Tensor) -> Tensor:
-        if tensor.dim() == 0:
-            return tensor
-        if tensor.is_floating_point():
-            drawn = torch.randn(THREE, *tensor.shape[1:], generator=generator)
-            return drawn.to(tensor)
-        row = tensor[0]
-        if row.dim() == 0:
-            return tensor[torch.arange(THREE) % len(tensor)]
-        return torch.stack([row.roll(i, -1) for i in range(THREE)])
-
-    unlike_rows: Arguments = pytree.tree_map_only(Tensor, rows, example)
-    return unlike_rows

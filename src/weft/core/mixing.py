@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +12,15 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from weft.errors import WeftError
+
 from .adapter import Call
-from .layout import Layout, layouts
+from .drawing import drawn_rows
+from .layout import THREE, Layout, layouts
 from .pool import Pool
 from .rows import Arguments, select_rows
 from .rowwise import Parted, Range, RowsUnknownError, Run, Work
+from .sites import evaluating
 from .structure import Structure
 from .units import Columns, Units
 
@@ -53,6 +57,7 @@ class Mixing:
         base: Mapping[str, Tensor],
         groups: Sequence[Group],
         batch: Arguments,
+        output: Callable[[Any], Any] = lambda output: output,
         writable: frozenset[str] | None = None,
     ) -> Iterator[tuple[Structure, frozenset[Hashable]]]:
         """A structure that is bound to all groups of a batch, and how its modules part the rows.
@@ -62,15 +67,19 @@ class Mixing:
             base: the tensors, by name, that groups have in common unless they say otherwise.
             groups: one after another, all rows of the batch.
             batch: the inputs.
+            output: what is read of the output.
             writable: in training mode, names of the buffers that the forward may change.
 
         Raises:
             RowsUnknownError: the groups have to run apart.
         """
         complete = {**base, **groups[0].tensors}
-        found = self.layout(pool, complete, batch, groups[-1].stop)
+        training = writable is not None
+        found = self.layout(pool, complete, batch, groups[-1].stop, output, training=training)
+        if not found:
+            raise RowsUnknownError
         with pool.lease() as structure:
-            structure.set_mode(writable is not None, writable or frozenset())
+            structure.set_mode(training, writable or frozenset())
             structure.bind(complete)
             how = self._bind(structure, found, base, groups)
             yield structure, how
@@ -78,24 +87,49 @@ class Mixing:
     # ---------------------------------------------------------------- layouts
 
     def layout(
-        self, pool: Pool, tensors: Mapping[str, Tensor], batch: Arguments, rows: int
+        self,
+        pool: Pool,
+        tensors: Mapping[str, Tensor],
+        batch: Arguments,
+        rows: int,
+        output: Callable[[Any], Any] = lambda output: output,
+        *,
+        training: bool = False,
     ) -> dict[str, Layout]:
-        """Where rows are in the calls of a structure, found once for inputs of one kind."""
-        kind = _kind(batch, rows)
+        """Where rows are in the calls of a structure, found once for inputs of one kind.
+
+        Args:
+            pool: of structures.
+            tensors: what to bind.
+            batch: inputs of that kind.
+            rows: how many.
+            output: what is read of the output; its rows have to come first.
+            training: the mode; what is random then is left out.
+
+        Returns:
+            By module; nothing if rows see one another.
+        """
+        kind = (training, _kind(batch, rows))
         known = self._layouts.setdefault(pool, {})
         found = known.get(kind)
         if found is not None:
             return found
-        chosen = _unlike(batch, rows)
+        drawn = drawn_rows(batch, rows, len(THREE), seed=0)
         with pool.lease() as structure, torch.no_grad():
-            structure.set_mode(False, frozenset())
+            structure.set_mode(training, frozenset())
             structure.bind(tensors)
+            with evaluating(structure.module):
 
-            def run(places: tuple[int, ...]) -> None:
-                args, kwargs = select_rows(batch, [chosen[place] for place in places], rows)
-                structure.run(args, kwargs, Call())
+                def run(places: tuple[int, ...]) -> Any:
+                    args, kwargs = select_rows(drawn, places, len(THREE))
+                    return output(structure.run(args, kwargs, Call()))
 
-            found = layouts(structure.parts(), run)
+                try:
+                    found = layouts(structure.parts(), run)
+                except (WeftError, torch.OutOfMemoryError):
+                    raise
+                except Exception:  # the base does not take such rows; tasks apart say why
+                    found = {}
         while len(known) >= MOST_LAYOUTS:
             known.pop(next(iter(known)))
         known[kind] = found
@@ -123,7 +157,7 @@ class Mixing:
             (one, attribute, columns[name])
             for one in choice.at_once
             for name, _, attribute in one.slots
-            if columns[name][0].is_floating_point()  # no kernel reads how often a layer was trained
+            if attribute != "num_batches_tracked"  # no kernel reads it
         ]
         own: dict[int, dict[str, Tensor]] = {}
         rows = index.all_rows([(column, one.each) for one, _, column in wanted])
@@ -154,11 +188,8 @@ def _runs(
 ) -> list[Run]:
     """What a unit runs: groups that agree in all of its tensors together, unless it is training."""
     apart = structure.module.training
-    shared = {
-        name: tensor.clone() if name in structure.guarded else tensor
-        for name, tensor in unit.tensors()
-        if name not in columns
-    }
+    shared = {name: tensor for name, tensor in unit.tensors() if name not in columns}
+    guarded = structure.guarded
     ranges: dict[tuple[int, ...], list[Range]] = {}
     tensors: dict[tuple[int, ...], tuple[Tensor, ...]] = {}
     for number, group in enumerate(groups):
@@ -167,7 +198,9 @@ def _runs(
             for place in unit.places
         )
         key = (number,) if apart else tuple(map(id, mine))
-        tensors[key] = mine
+        if key not in tensors:  # each run has copies of what no forward may write to
+            pairs = zip(unit.places, mine, strict=True)
+            tensors[key] = tuple(t.clone() if p.tensor in guarded else t for p, t in pairs)
         before = ranges.setdefault(key, [])
         if before and before[-1][1] == group.start:
             before[-1] = (before[-1][0], group.stop)
@@ -221,7 +254,9 @@ class _Index:
         for number, (column, each) in enumerate(columns):
             first = column[0]
             if first.dim() == 1:
-                kinds.setdefault((first.dtype, first.device), []).append(number)
+                kinds.setdefault((first.dtype, first.device, first.requires_grad), []).append(
+                    number
+                )
             else:
                 found[number] = self.rows(column, each)
         for numbers in kinds.values():
@@ -242,26 +277,15 @@ class _Index:
 def _kind(batch: Arguments, rows: int) -> Any:
     """Inputs of one kind are laid out alike."""
     leaves, structure = pytree.tree_flatten(batch)
-    described = [
-        (leaf.dtype, leaf.device, leaf.shape[1:] if leaf.shape[:1] == (rows,) else leaf.shape)
-        if isinstance(leaf, Tensor)
-        else (type(leaf), repr(leaf))
-        for leaf in leaves
-    ]
-    return (str(structure), *described)
+    autocast = tuple(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
+    return (autocast, str(structure), *(_kind_of(leaf, rows) for leaf in leaves))
 
 
-def _unlike(batch: Arguments, rows: int) -> list[int]:
-    """Three rows of a batch of at least two, unlike one another where possible."""
-    tensors = [
-        leaf.reshape(rows, -1)
-        for leaf in pytree.tree_leaves(batch)
-        if isinstance(leaf, Tensor) and leaf.shape[:1] == (rows,)
-    ]
-    chosen = [0]
-    for row in range(1, rows):
-        if len(chosen) < 3 and all(
-            any(not torch.equal(t[row], t[other]) for t in tensors) for other in chosen
-        ):
-            chosen.append(row)
-    return (chosen * 3)[:3]
+def _kind_of(leaf: Any, rows: int) -> Any:
+    if not isinstance(leaf, Tensor):
+        return (type(leaf), leaf if isinstance(leaf, (bool, int, float, str)) else None)
+    if leaf.shape[:1] != (rows,):
+        return (leaf.dtype, leaf.device, leaf.shape)
+    # A network may order rows by lengths or the like, which equal ones do not show.
+    alike = not leaf.is_floating_point() and bool((leaf == leaf[:1]).all())
+    return (leaf.dtype, leaf.device, leaf.shape[1:], alike)

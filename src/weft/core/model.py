@@ -152,6 +152,7 @@ class MultiTaskModel(nn.Module):
         self.tasks.remove(known_task(name, self.task_names))
         self._runner.sweep()
         self._one_input.forget()
+        self._mixed_rows.forget()
 
     def head(self, task: str) -> nn.Module | None:
         """The task's head; None if the task uses the base's output itself.
@@ -314,9 +315,10 @@ class MultiTaskModel(nn.Module):
                 "A view of several tasks needs the model in eval mode, model.eval(), and an "
                 "example of the base's inputs: mixed_view(tasks, example=x)."
             )
-        states = {name: self._state(name) for name in tasks or self.task_names}
-        if not states:
-            raise PlanError("The model has no tasks. Add one: model.add_task(name, task).")
+        names = tuple(self.task_names if tasks is None else tasks)
+        states = {name: self._state(name) for name in names}
+        if not states or len(states) < len(names):
+            raise PlanError(f"A view needs different tasks, found {list(names)}.")
         return mixed_view(self._runner, self._mixed_rows.mixing, states, example)
 
     def tensors(self, task: str) -> dict[str, Tensor]:

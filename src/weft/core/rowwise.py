@@ -103,6 +103,11 @@ class Work:
         return sorted(found, key=lambda run: run.ranges)
 
 
+EVERY_MODULE = frozenset(vars(nn.Module()))
+OF_UNITS = frozenset({"places", "todo", "_slots", "kernel", "own"})
+"""Attributes of the units themselves; others are those of the module inside."""
+
+
 class _Around(StandIn, ABC):
     """What both kinds of units do: other attributes are those of the module inside."""
 
@@ -117,6 +122,23 @@ class _Around(StandIn, ABC):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("inner"), name)
+
+    @final
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Parents also set attributes of their children, for instance a mask for one forward.
+        if (
+            name in OF_UNITS
+            or name in EVERY_MODULE
+            or "inner" not in self.__dict__.get("_modules", ())
+        ):
+            super().__setattr__(name, value)
+        else:
+            for module in self.like_inner():
+                setattr(module, name, value)
+
+    @abstractmethod
+    def like_inner(self) -> Iterable[nn.Module]:
+        """The module, and its copies if there are any."""
 
     @abstractmethod
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -137,6 +159,9 @@ class Parted(_Around):
         self.places = tuple(places)
         self.todo: list[Work] = []  # one; a list, since modules are slow to write
         self._slots = [(inner, self._tables(inner))]  # of each module like the one inside
+
+    def like_inner(self) -> Iterable[nn.Module]:
+        return [module for module, _ in self._slots]
 
     def _tables(self, module: nn.Module) -> list[tuple[dict[str, Any], str]]:
         return [(place.table(module), place.attribute) for place in self.places]
@@ -232,6 +257,9 @@ class Rowwise(_Around):
         self.kernel = kernel
         self.own: list[Mapping[str, Tensor]] = [{}]
 
+    def like_inner(self) -> Iterable[nn.Module]:
+        return [self.inner]
+
     def hold(self, names: frozenset[str]) -> None:
         pass  # what runs at once writes to no buffer
 
@@ -239,8 +267,18 @@ class Rowwise(_Around):
         self.own[0] = {}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the layer gives, row by row as for the row's task."""
-        return self.kernel(self._modules["inner"], self.own[0], *args, **kwargs)
+        """What the layer gives, row by row as for the row's task.
+
+        Raises:
+            RowsUnknownError: the inputs have another number of rows than there are tasks.
+        """
+        own = self.own[0]
+        if not torch.compiler.is_compiling():
+            rows = next(iter(own.values())).shape[0] if own else None
+            for value in (*args, *kwargs.values()):
+                if rows is not None and isinstance(value, Tensor) and value.shape[:1] != (rows,):
+                    raise RowsUnknownError
+        return self.kernel(self._modules["inner"], own, *args, **kwargs)
 
 
 def run_adapter(

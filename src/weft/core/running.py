@@ -121,7 +121,7 @@ class Runner:
                 found[name], cast = value.to(base[name].dtype), True
         for name in self.pool(state.sharing).adapter_names:
             found[name] = own[name]
-        replaces = all(isinstance(patch, Replace) for patch in state.patches.values())
+        replaces = all(type(patch) is Replace for patch in state.patches.values())
         if replaces and not cast and found.keys() <= state.own.keys():
             self._replacing[state] = _Replacing(state.patches, held, found)
         return found
@@ -171,12 +171,6 @@ class Runner:
                 records[name] = call.records
         return outputs, records
 
-    def features(
-        self, state: TaskState, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Tensor:
-        """What a task's head reads, in eval mode."""
-        return self._features(state, args, kwargs, Call(), training=False)[0]
-
     def dry_run(self, state: TaskState, example: Any) -> None:
         """Build a task's head from one batch for the base."""
         like = self.reference()
@@ -217,8 +211,7 @@ class Runner:
         Raises:
             DataError: in place of the base's own error.
         """
-        leaves = pytree.tree_leaves((args, dict(kwargs)))
-        shapes = [tuple(t.shape[1:]) for t in leaves if isinstance(t, Tensor)]
+        shapes = _shapes(args, kwargs)
         try:
             yield
         except (WeftError, torch.OutOfMemoryError):
@@ -232,6 +225,10 @@ class Runner:
                 ) from error
             raise
         self._known_shapes = shapes
+
+    def has_run_on(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Take note of inputs that the base takes, for `shapes_explained`."""
+        self._known_shapes = _shapes(args, kwargs)
 
     def view(self, state: TaskState, *, training: bool) -> View:
         """A view of a task, bound to differentiable tensors in training mode, else to constants."""
@@ -291,6 +288,11 @@ class Runner:
                     "the last incomplete one, or call model.eval()."
                 ) from error
             raise
+
+
+def _shapes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[int, ...]]:
+    leaves = pytree.tree_leaves((args, dict(kwargs)))
+    return [tuple(t.shape[1:]) for t in leaves if isinstance(t, Tensor)]
 
 
 def _per_row(shapes: list[tuple[int, ...]]) -> str:

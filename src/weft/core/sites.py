@@ -7,12 +7,14 @@ kinds.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from weft.errors import PlanError, close_matches
@@ -136,6 +138,19 @@ def _leave_as_they_are() -> None:
 def is_fused(module: nn.Module) -> bool:
     """Whether a module may read its children's weights instead of calling them."""
     return isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer))
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """In this context layers that drop numbers at random let all of them pass."""
+    dropping = [m for m in module.modules() if isinstance(m, _DropoutNd) and m.training]
+    for layer in dropping:
+        layer.training = False
+    try:
+        yield
+    finally:
+        for layer in dropping:
+            layer.training = True
 
 
 def sites(base: nn.Module) -> list[Site]:

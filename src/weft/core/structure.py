@@ -51,6 +51,9 @@ class Passage:
         return self.read and not self.reached
 
 
+_OF_INSERTED = frozenset(vars(nn.Module())) | {"site", "inner", "adapter", "passage", "_inline"}
+
+
 class Inserted(nn.Module):
     """A site of a structure with an adapter around it; other attributes are the site's."""
 
@@ -71,6 +74,13 @@ class Inserted(nn.Module):
         if isinstance(value, Tensor) and not self.passage.read:
             self.passage.read = True
         return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Parents also set attributes of their children, for instance a mask for one forward.
+        if name in _OF_INSERTED or "_inline" not in self.__dict__:
+            super().__setattr__(name, value)
+        else:
+            setattr(self.inner, name, value)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         passage = self.passage

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .adapter import RowwiseAdapter, SideAdapter
-from .kernels import copies_weights, kernel_for
+from .kernels import copies_weights, has_hooks, kernel_for
 from .layout import Layout
 from .rowwise import NOBODYS, Parted, Place, RowsUnknownError, Rowwise, run_adapter
 from .structure import SLOT, Inserted, Structure, keep_fused_paths_away
@@ -83,6 +83,7 @@ class Units:
     def __init__(self, structure: Structure) -> None:
         self._modules = structure.parts()
         self._fused = structure.fused
+        self._hooked: dict[str, bool] = {}
         self._names: dict[int, list[tuple[str, str]]] = {}
         for name, table, attribute in structure.slots:
             self._names.setdefault(id(table), []).append((name, attribute))
@@ -136,6 +137,8 @@ class Units:
             else:
                 raise RowsUnknownError
         names = {around[place] for around, place in lowest.items()}
+        if any(map(self._has_hooks_inside, names)):
+            raise RowsUnknownError  # what a hook keeps would be that of one task
         outermost = {a[i] for a, i in lowest.items() if names.isdisjoint(a[i + 1 :])}
         inside = (one for around, one in at_once.items() if names.isdisjoint(around))
         return Choice(tuple(inside), tuple(outermost), tuple(broadcast))
@@ -147,6 +150,12 @@ class Units:
             for around, slot in self._slots[name]:
                 found.setdefault(around, []).append(slot)
         return found
+
+    def _has_hooks_inside(self, name: str) -> bool:
+        if name not in self._hooked:
+            inside = (m for m in self._modules[name].modules() if not isinstance(m, Inserted))
+            self._hooked[name] = any(map(has_hooks, inside))
+        return self._hooked[name]
 
     def parted(self, name: str) -> Parted:
         """The unit that runs a module task by task."""
