@@ -1,6 +1,7 @@
 """One base network, many tasks: learn what each task owns and what it shares."""
 
 from .bank import Bank
+from .comparing import compare
 from .compute import Compute, multiply_adds
 from .core.ledger import Ledger
 from .core.model import MultiTaskModel, Step
@@ -14,8 +15,10 @@ from .methods.adashare import adashare
 from .methods.baselines import bias_only, full_finetune, linear_probe
 from .methods.dynashare import dynashare
 from .methods.hard_sharing import hard_sharing
+from .methods.lora import lora
 from .methods.model_patches import depthwise_patch, scale_bias
 from .methods.taps import taps
+from .planning import Plan, plan
 from .registry import METHODS, method
 from .reporting import report
 from .tasks import (
@@ -43,6 +46,7 @@ __all__ = [
     "History",
     "Ledger",
     "MultiTaskModel",
+    "Plan",
     "Regression",
     "Segmentation",
     "Sharing",
@@ -53,6 +57,7 @@ __all__ = [
     "WeftError",
     "adashare",
     "bias_only",
+    "compare",
     "depthwise_patch",
     "dynashare",
     "efficient_joint",
@@ -62,8 +67,10 @@ __all__ = [
     "full_finetune",
     "hard_sharing",
     "linear_probe",
+    "lora",
     "method",
     "multiply_adds",
+    "plan",
     "pretrain",
     "relative_improvement",
     "report",

@@ -1,24 +1,18 @@
-"""The YAML file of `weft train`: its schema, overrides, and errors that name the key."""
+"""The YAML file of `weft train`: its schema."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
-from .errors import ConfigError, close_matches
+from .schema import Section, read_content, validated
 from .tasks import check_options
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class BaseSection(_Section):
+class BaseSection(Section):
     """The base network.
 
     Args:
@@ -40,7 +34,7 @@ class BaseSection(_Section):
     channels_last: bool = False
 
 
-class MethodSection(_Section):
+class MethodSection(Section):
     """A method and its options.
 
     Args:
@@ -52,7 +46,7 @@ class MethodSection(_Section):
     options: dict[str, Any] = Field(default_factory=dict)
 
 
-class TaskSection(_Section):
+class TaskSection(Section):
     """One task.
 
     Args:
@@ -92,7 +86,7 @@ class TaskSection(_Section):
         return named_method(value)
 
 
-class AugmentationSection(_Section):
+class AugmentationSection(Section):
     """Random changes to training images; see `weft.data.Augmentation`."""
 
     flip: bool = True
@@ -102,7 +96,7 @@ class AugmentationSection(_Section):
     contrast: float = Field(0.0, ge=0)
 
 
-class DataSection(_Section):
+class DataSection(Section):
     """How data is read.
 
     Args:
@@ -124,7 +118,7 @@ class DataSection(_Section):
     test: float = Field(0.15, ge=0, lt=1)
 
 
-class FitSection(_Section):
+class FitSection(Section):
     """Arguments of `weft.fit` that every training has."""
 
     epochs: int = Field(30, ge=1)
@@ -164,7 +158,7 @@ class TrainSection(FitSection):
     joint: bool | None = None
 
 
-class Experiment(_Section):
+class Experiment(Section):
     """A whole file.
 
     Args:
@@ -214,53 +208,7 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     Raises:
         ConfigError: names the key, the value found and what was expected.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise ConfigError(f"There is no file '{file}'. Give the YAML file of an experiment.")
-    try:
-        content = _parse(file.read_text())
-    except yaml.YAMLError as error:
-        raise ConfigError(f"'{file}' is not YAML: {error}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"'{file}' holds {type(content).__name__}; expected keys such as base:.")
-    for override in overrides:
-        _set(content, override)
-    return check(content)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as people write it: 1e-3 is a number, as in YAML 1.2."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
-
-
-def _parse(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)  # a SafeLoader
-
-
-def _set(content: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"An override is key.of.value=value, found '{override}'.")
-    *parents, last = key.split(".")
-    place: Any = content
-    for part in parents:
-        if isinstance(place, dict) and isinstance(place.get(part), str) and part == "method":
-            place[part] = {"name": place[part]}
-        place = place.setdefault(part, {}) if isinstance(place, dict) else None
-        if not isinstance(place, dict):
-            raise ConfigError(
-                f"The override '{override}' goes through '{part}', which has no keys."
-            )
-    try:
-        place[last] = _parse(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"The value of the override '{override}' is not YAML: {error}") from None
+    return check(read_content(path, overrides))
 
 
 def check(content: Mapping[str, Any]) -> Experiment:
@@ -269,47 +217,4 @@ def check(content: Mapping[str, Any]) -> Experiment:
     Raises:
         ConfigError: names every wrong key, what was found and what was expected.
     """
-    try:
-        return Experiment.model_validate(content)
-    except ValidationError as error:
-        raise ConfigError(
-            "The configuration has "
-            + ("an error" if error.error_count() == 1 else f"{error.error_count()} errors")
-            + ":\n"
-            + "\n".join(f"  {_explain(dict(e))}" for e in error.errors())
-        ) from None
-
-
-def _explain(error: dict[str, Any]) -> str:
-    path = [str(p) for p in error["loc"]]
-    key = ".".join(path)
-    if error["type"] == "extra_forbidden":
-        known = _known_keys(path[:-1])
-        hint = close_matches(path[-1], known) or f" Keys here: {', '.join(known)}."
-        return f"{key}: no such key.{hint}"
-    if error["type"] == "missing":
-        return f"{key}: missing."
-    message = error["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
-    return f"{key}: found {error['input']!r}, {message[0].lower()}{message[1:].rstrip('.')}."
-
-
-def _known_keys(path: Sequence[str]) -> list[str]:
-    """The keys of the section at a path."""
-    section: type[BaseModel] = Experiment
-    inside_tasks = False
-    sections: dict[str, type[BaseModel]] = {
-        "base": BaseSection,
-        "method": MethodSection,
-        "data": DataSection,
-        "train": TrainSection,
-        "pretrain": PretrainSection,
-        "augmentation": AugmentationSection,
-    }
-    for part in path:
-        if part == "tasks":
-            inside_tasks = True
-        elif inside_tasks:
-            section, inside_tasks = TaskSection, False
-        else:
-            section = sections.get(part, section)
-    return list(section.model_fields)
+    return validated(Experiment, content)

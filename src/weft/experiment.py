@@ -81,22 +81,27 @@ def train(experiment: Experiment, *, progress: bool = True) -> dict[str, dict[st
         )
         for name in group:
             results[name] = _score(model, name, loaders[name])
-            model.tasks[name].facts["experiment"] = _resolved(experiment, name)
+            model.tasks[name].facts["experiment"] = resolved(experiment, name)
         bank.save(model, *group)
     report(bank, folder.report)
     (folder.root / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     return results
 
 
-def _resolved(experiment: Experiment, name: str) -> dict[str, Any]:
-    """What decides a task's result, in plain values."""
+def resolved(experiment: Experiment, name: str) -> dict[str, Any]:
+    """What decides a task's result, in plain values.
+
+    Args:
+        experiment: the checked configuration.
+        name: the task.
+    """
     whole = experiment.model_dump(mode="json", exclude={"tasks", "output"})
     task = experiment.tasks[name].model_dump(mode="json")
     return {**whole, "method": task.pop("method") or whole["method"], "task": task}
 
 
 def _check_same(experiment: Experiment, name: str, facts: Mapping[str, Any]) -> None:
-    was, now = facts.get("experiment"), _resolved(experiment, name)
+    was, now = facts.get("experiment"), resolved(experiment, name)
     if was == now:
         return
     bank = Folder(Path(experiment.output)).bank

@@ -16,6 +16,7 @@ from .methods.adashare import adashare
 from .methods.baselines import bias_only, full_finetune, linear_probe
 from .methods.dynashare import dynashare
 from .methods.hard_sharing import hard_sharing
+from .methods.lora import lora
 from .methods.model_patches import depthwise_patch, scale_bias
 from .methods.taps import taps
 
@@ -56,6 +57,7 @@ METHODS: dict[str, Method] = {
     "scale_bias": Method(scale_bias, "own scales and shifts (K for the Price of 1)"),
     "depthwise_patch": Method(depthwise_patch, "own depthwise kernels (K for the Price of 1)"),
     "taps": Method(taps, "own the layers that pay, by a learned gate each (TAPS)"),
+    "lora": Method(lora, "own low-rank additions to the weights of layers (LoRA)"),
     "hard_sharing": Method(
         hard_sharing,
         "own the bottom or the top, train the rest together",

@@ -94,3 +94,30 @@ def test_wrong_arguments_say_what_to_do(
     assert code == 2
     assert message in " ".join(err.split())
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"base": {"name": 3}}, "name='3'; expected a str"),
+        ({"base": {"name": "x"}, "seed": "y"}, "seed='y'; expected a int"),
+        ("run 7", "does not say where its base is from"),
+    ],
+)
+def test_facts_of_a_wrong_type_are_named(
+    facts: object, message: str, weft_command, tmp_path: Path
+) -> None:
+    base = torch.nn.Linear(4, 4)
+    model = weft.MultiTaskModel(base, weft.bias_only(base), example=torch.randn(1, 4))
+    model.add_task("red", weft.Classification(2))
+    model.tasks["red"].facts["experiment"] = facts
+    weft.Bank(tmp_path / "bank").save(model)
+    code, _, err = weft_command("export", tmp_path / "bank", "red", "-o", tmp_path / "a.pt2")
+    assert code == 2
+    assert message in " ".join(err.split())
+    code, _, err = weft_command(
+        "export", tmp_path / "bank", "red", "-o", tmp_path / "a.safetensors",
+        "--input-shape", "3,-1", "--base", "python:x.py:f",
+    )  # fmt: skip
+    assert code == 2
+    assert "error:" in err

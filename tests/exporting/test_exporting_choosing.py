@@ -70,7 +70,7 @@ def test_inputs_by_keyword_go_along(tmp_path: Path) -> None:
 def test_what_does_not_leave_together_says_so(tmp_path: Path) -> None:
     model = model_of("linear_probe")
     with pytest.raises(ConfigError, match="task by task"):
-        export(model, ["a", "b"], tmp_path / "a")
+        export(model, ["a", "b"], tmp_path / "a.safetensors")
     with pytest.raises(ConfigError, match="head=True"):
         export(model, ["a", "b"], tmp_path / "a", format="torch", head=False)
     with pytest.raises(PlanError):
@@ -79,3 +79,22 @@ def test_what_does_not_leave_together_says_so(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="input 'task' of its own"):
         export(model, ["a", "b"], tmp_path / "a", format="torch", example=named)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_no_task_is_not_answered(tmp_path: Path) -> None:
+    """As docs/exporting.md says."""
+    model = model_of("linear_probe")
+    x = SMALL.inputs(2)
+    program = torch.export.load(export(model, ["c", "a"], tmp_path / "a.pt2")).module()
+    for index in (-1, 2):
+        with pytest.raises(IndexError):
+            program(x, task=torch.tensor([0, index]))
+    session = onnxruntime.InferenceSession(export(model, ["c", "a"], tmp_path / "a.onnx"))
+
+    def found(*task: int) -> torch.Tensor:
+        feeds = {"image": x.numpy(), "task": torch.tensor(task).numpy()}
+        return torch.from_numpy(session.run(None, feeds)[0])
+
+    assert_close(found(-1, -2), found(1, 0), 1e-6)
+    with pytest.raises(Exception, match="out of data bounds"):
+        found(0, 2)

@@ -42,7 +42,7 @@ def differences(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str
             torch.save(call(model.view("a"), x), place / "features")
         torch.save(model.fold("a"), place / "pickled")
         export(model, "a", place / "program.pt2", format="torch")
-        export(model, "a", place / "state", head=False)
+        export(model, "a", place / "state", format="safetensors", head=False)
         for kind, file in zip(KINDS, ("pickled", "program.pt2", "state"), strict=True):
             outputs = "outputs" if kind == "program" else "features"
             files = {"file": file, "inputs": "inputs", "outputs": outputs}

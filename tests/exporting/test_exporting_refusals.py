@@ -6,15 +6,18 @@ import errno
 import os
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from exports import SMALL, Case
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 import weft
 from weft.errors import ConfigError, DataError, ExportError, MissingExtra, PlanError, TaskError
 from weft.exporting import FORMATS, export, files
+from weft.exporting.batches import joined
 
 
 def model_of(base: nn.Module, head: nn.Module | None = None, x: object = None):
@@ -60,9 +63,40 @@ def test_a_wrong_format_is_named_with_close_matches(tmp_path: Path) -> None:
         export(Case("taps", SMALL).model(), "a", tmp_path / "a", format="onx")
 
 
+def test_without_a_format_the_name_says_it(tmp_path: Path) -> None:
+    model = model_of(nn.Linear(4, 4))
+    for suffix, start in {"pt2": b"PK", "safetensors": None, "onnx": b"\x08"}.items():
+        file = export(model, "a", tmp_path / f"a.{suffix}")
+        assert start is None or file.read_bytes().startswith(start)
+    for name in ("a", "a.onxx", "a.ONNX.bak"):
+        with pytest.raises(ConfigError, match=r"ends in none of \.safetensors, \.pt2, \.onnx"):
+            export(model, "a", tmp_path / name)
+    assert export(model, "a", tmp_path / "b", format="torch").read_bytes().startswith(b"PK")
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.mark.parametrize("task", [0, 1.5, None, [0], ["a", 1], {"a"}])
+def test_what_is_no_name_of_a_task_is_refused(task: object, tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match="A task leaves by its name"):
+        export(model_of(nn.Linear(4, 4)), task, tmp_path / "a.pt2")
+    with pytest.raises(TaskError, match="list of tasks is empty"):
+        export(model_of(nn.Linear(4, 4)), [], tmp_path / "a.pt2")
+    assert not list(tmp_path.iterdir())
+
+
+def test_places_in_structures_have_names() -> None:
+    class Pair(NamedTuple):
+        left: Tensor
+        right: Tensor
+
+    value = {"a": [torch.zeros(1), Pair(torch.zeros(1), torch.zeros(1))], 3: torch.zeros(1)}
+    leaves, _ = pytree.tree_flatten_with_path(value)
+    assert [joined(path) for path, _ in leaves] == ["a_0", "a_1_left", "a_1_right", "3"]
+
+
 def test_an_unknown_task_is_named(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match="no task 'd'"):
-        export(Case("taps", SMALL).model(), "d", tmp_path / "a")
+        export(Case("taps", SMALL).model(), "d", tmp_path / "a.safetensors")
 
 
 def test_a_graph_asks_for_an_example(tmp_path: Path) -> None:
@@ -86,7 +120,7 @@ def test_control_flow_by_values_has_no_graph(format: str, tmp_path: Path) -> Non
     with pytest.raises(ExportError, match=r"no graph for 'a'.*data-dependent.*torch\.where.*safet"):
         export(model, "a", tmp_path / "a", format=format)
     assert not list(tmp_path.iterdir())
-    export(model, "a", tmp_path / "a")
+    export(model, "a", tmp_path / "a.safetensors")
 
 
 def test_a_network_for_one_number_of_rows_is_refused(tmp_path: Path) -> None:
@@ -123,8 +157,8 @@ def test_a_head_that_reads_side_sites_stays(tmp_path: Path) -> None:
     task = weft.Task(head=nn.Linear(4, 2), loss=nn.functional.mse_loss, taps=True)
     model.add_task("a", task)
     with pytest.raises(PlanError, match="side sites"):
-        export(model, "a", tmp_path / "a")
-    export(model, "a", tmp_path / "a", head=False)
+        export(model, "a", tmp_path / "a.safetensors")
+    export(model, "a", tmp_path / "a.safetensors", head=False)
 
 
 def test_a_state_that_is_no_tensor_is_named(tmp_path: Path) -> None:
@@ -136,7 +170,7 @@ def test_a_state_that_is_no_tensor_is_named(tmp_path: Path) -> None:
             pass
 
     with pytest.raises(ExportError, match=r"'base\._extra_state' .* is a dict"):
-        export(model_of(Keeping(4, 4)), "a", tmp_path / "a")
+        export(model_of(Keeping(4, 4)), "a", tmp_path / "a.safetensors")
 
 
 def test_a_folded_network_that_does_not_run_is_refused(tmp_path: Path) -> None:
@@ -177,7 +211,7 @@ def test_a_folder_without_permission_is_named(tmp_path: Path) -> None:
     folder = tmp_path / "closed"
     folder.mkdir(mode=0o500)
     with pytest.raises(ExportError, match="not permitted"):
-        export(model_of(nn.Linear(4, 4)), "a", folder / "a")
+        export(model_of(nn.Linear(4, 4)), "a", folder / "a.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -187,7 +221,7 @@ def test_a_folder_without_permission_is_named(tmp_path: Path) -> None:
 def test_failing_disks_leave_what_was_there(
     tmp_path: Path, monkeypatch, code: int, message: str
 ) -> None:
-    target = tmp_path / "a"
+    target = tmp_path / "a.safetensors"
     target.write_bytes(b"old")
     real = files.write_file
 
@@ -206,8 +240,8 @@ def test_failing_disks_leave_what_was_there(
 def test_places_that_are_no_file_are_refused(tmp_path: Path) -> None:
     model = model_of(nn.Linear(4, 4))
     with pytest.raises(ExportError, match="is a folder"):
-        export(model, "a", tmp_path)
+        export(model, "a", tmp_path, format="safetensors")
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(ExportError, match="cannot be written"):
-        export(model, "a", tmp_path / "file" / "a")
-    assert export(model, "a", tmp_path / "new" / "folder" / "a").is_file()
+        export(model, "a", tmp_path / "file" / "a.onnx")
+    assert export(model, "a", tmp_path / "new" / "folder" / "a.safetensors").is_file()

@@ -8,6 +8,7 @@ from torch import nn
 import weft
 from laws.cases import INSERTING, Case, Law, assert_same_bits, cases, snapshot
 from weft.core.sites import canonical_names, statistics_modules
+from weft.core.structure import Inserted
 
 
 @cases(Law.TIES_AND_STATISTICS_HOLD)
@@ -30,6 +31,8 @@ def tensor_at(module: nn.Module, name: str) -> torch.Tensor:
     """A parameter or buffer by name."""
     path, _, attribute = name.rpartition(".")
     holder = module.get_submodule(path)
+    if isinstance(holder, Inserted):
+        holder = holder.inner
     tensor = holder._parameters.get(attribute)
     return holder._buffers[attribute] if tensor is None else tensor
 

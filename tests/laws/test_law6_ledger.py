@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections import Counter
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 import weft
 from laws.cases import Case, Law, cases
@@ -87,11 +90,34 @@ def _blocks(model: weft.MultiTaskModel) -> int:
     return len(model.sharing.options["blocks"])
 
 
+def _two_factors(model: weft.MultiTaskModel) -> int:
+    """Rank 8 at all layers but depthwise ones and tied weights, shared out among groups."""
+    tensors = dict(model.base.named_parameters())
+    found = sites(model.base)
+    used = Counter(n for s in found for n in s.parameters)
+    count = 0
+    for site in (s for s in found if s.kind is Kind.LAYER):
+        layer = model.base.get_submodule(site.name)
+        convolves = isinstance(layer, _ConvNd)
+        groups, turned = (layer.groups, layer.transposed) if convolves else (1, False)
+        rank = -(-8 // groups)
+        for name in site.parameters:
+            if "bias" in name or tensors[name].dim() < 2 or used[name] > 1:
+                continue
+            rows, columns, *kernel = tensors[name].shape
+            if turned:  # (in, out / groups, ...)
+                count += rank * (rows * math.prod(kernel) + columns * groups)
+            else:  # (out, in / groups, ...)
+                count += rank * (groups * columns * math.prod(kernel) + rows)
+    return count
+
+
 FORMULAS = {
     "linear_probe": lambda _: 0,
     "bias_only": lambda m: _sizes(m, _vectors_called_bias(m)),
     "scale_bias": lambda m: _sizes(m, _norms(m)),
     "depthwise_patch": lambda m: _sizes(m, _depthwise(m) | _norms(m)),
+    "lora": _two_factors,
     "taps": lambda m: _sizes(m, _open_layers(m) | _norms(m)),
     "hard_sharing": _private_end,
     "adashare": lambda m: 2 * _blocks(m),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+
+from weft.serving.process import configured, listen
 
 NET = """
 from serving.banks import make_base
@@ -93,12 +94,16 @@ class ServerThread:
     """
 
     def __init__(self, app: Any) -> None:
-        listener = socket.create_server(("127.0.0.1", 0), backlog=256)
+        listener = listen("127.0.0.1", 0)
         self.port = listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        config = uvicorn.Config(app, http="h11", ws="none", log_level="warning", lifespan="on")
-        self._server = uvicorn.Server(config)
+        self._server = uvicorn.Server(configured(app))
         self._thread = threading.Thread(target=self._server.run, args=([listener],), daemon=True)
+
+    @property
+    def connections(self) -> int:
+        """How many are open."""
+        return len(self._server.server_state.connections)
 
     def __enter__(self) -> ServerThread:
         self._thread.start()

@@ -259,3 +259,83 @@ def test_a_damaged_bundle_fails_its_own_requests_only(tmp_path: Path) -> None:
         await batcher.stop()
 
     running(work())
+
+
+class Raising(Work):
+    """Raises what it is told to for the task "bad"."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def kind(self, tasks: tuple[str, ...]) -> Hashable:  # noqa: ARG002
+        return None
+
+    def run(self, jobs: Sequence[Job]) -> Sequence[Any]:
+        if any("bad" in job.tasks for job in jobs):
+            raise self.error
+        return [job.tasks for job in jobs]
+
+
+@pytest.mark.parametrize(
+    "error", [StopIteration("x"), KeyboardInterrupt(), SystemExit(3), asyncio.CancelledError()]
+)
+def test_whatever_a_base_raises_fails_its_request_and_no_other(error: BaseException) -> None:
+    async def work() -> None:
+        batcher, raising = Batcher(max_batch=4, max_delay=20), Raising(error)
+        batcher.start()
+        asked = [batcher.submit(raising, rows(), (name,)) for name in ("good", "bad", "good")]
+        good, bad, also = await asyncio.wait_for(
+            asyncio.gather(*asked, return_exceptions=True), timeout=10
+        )
+        assert good == also == ("good",)
+        assert isinstance(bad, RuntimeError)
+        assert type(error).__name__ in str(bad)
+        assert await batcher.submit(raising, rows(), ("later",)) == ("later",)
+        assert not batcher.failed
+        await batcher.stop()
+        assert batcher.accepted == batcher.answered == 4
+
+    running(work())
+
+
+def test_a_batcher_whose_worker_has_ended_says_so() -> None:
+    async def work() -> None:
+        batcher, echo = Batcher(max_batch=1, max_delay=0), Echo()
+        echo.open.clear()
+        batcher.start()
+        asked = [asyncio.ensure_future(batcher.submit(echo, rows(), ("a",))) for _ in range(2)]
+        while not echo.batches:
+            await asyncio.sleep(0.01)
+        assert batcher.busy
+        assert batcher._worker is not None
+        batcher._worker.cancel()
+        for each in asked:
+            with pytest.raises(StoppingError, match="gave up"):
+                await asyncio.wait_for(each, timeout=10)
+        assert batcher.failed
+        with pytest.raises(StoppingError, match="not run any more"):
+            await asyncio.wait_for(batcher.submit(echo, rows(), ("a",)), timeout=10)
+        echo.open.set()
+
+    running(work())
+
+
+def test_bytes_that_wait_are_bounded() -> None:
+    async def work() -> None:
+        batcher, echo = Batcher(max_batch=8, max_delay=50, max_queue_bytes=100), Echo()
+        batcher.start()
+        first = asyncio.ensure_future(batcher.submit(echo, rows(8, 50), ("a",)))  # alone, it may
+        await asyncio.sleep(0)
+        with pytest.raises(OverloadedError, match="1,600 bytes of inputs are waiting"):
+            await batcher.submit(echo, rows(1, 1), ("a",))
+        await first
+        small = [asyncio.ensure_future(batcher.submit(echo, rows(1, 10), ("a",))) for _ in range(3)]
+        await asyncio.sleep(0)
+        small[0].cancel()
+        done = await asyncio.gather(*small, return_exceptions=True)
+        assert isinstance(done[0], asyncio.CancelledError)
+        assert isinstance(done[2], OverloadedError)
+        assert await batcher.submit(echo, rows(1, 25), ("a",))
+        await batcher.stop()
+
+    running(work())

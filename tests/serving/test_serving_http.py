@@ -24,7 +24,7 @@ from weft.bank import Bank
 from weft.data import Preprocessing
 from weft.serving import Server
 from weft.serving.inputs import InputSpec, Limits
-from weft.serving.service import Settings
+from weft.serving.settings import Settings
 
 pytest.importorskip("fastapi")
 from fastapi.testclient import TestClient

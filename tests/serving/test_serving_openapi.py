@@ -14,7 +14,7 @@ from weft.bank import Bank
 from weft.data import Preprocessing
 from weft.serving import Server
 from weft.serving.inputs import InputSpec, Limits
-from weft.serving.service import Settings
+from weft.serving.settings import Settings
 
 schemathesis = pytest.importorskip("schemathesis")
 from hypothesis import HealthCheck, given, settings  # noqa: E402

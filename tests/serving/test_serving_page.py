@@ -18,7 +18,7 @@ from weft.data import Preprocessing
 from weft.data.images import decode_one
 from weft.serving import Server
 from weft.serving.inputs import InputSpec
-from weft.serving.service import Settings
+from weft.serving.settings import Settings
 
 pytest.importorskip("uvicorn")
 from serving.browser import CHROMIUM, Browser

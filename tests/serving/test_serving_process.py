@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,13 @@ from weft.cli.serving import size_in_bytes
 from weft.errors import ConfigError
 from weft.serving import Server
 from weft.serving.inputs import InputSpec
-from weft.serving.service import Settings
+from weft.serving.settings import Settings
 
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("uvicorn")
 from serving.processes import NET, ServerProcess, ServerThread  # noqa: E402
 from weft.serving.http import create_app  # noqa: E402
+from weft.serving.process import listen  # noqa: E402
 
 NAMES = ("a", "b", "c", "d")
 SHAPED = ("--input-shape", "3,6,6")
@@ -133,7 +136,7 @@ def raw(port: int, *parts: bytes, wait: float = 0.0, end: bool = True) -> bytes:
     return received
 
 
-HEAD = b"POST /v1/tasks/a/predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+HEAD = b"POST /v1/tasks/a/predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
 def test_connections_that_misbehave_leave_it_serving(
@@ -143,7 +146,7 @@ def test_connections_that_misbehave_leave_it_serving(
     raw(port, b"")
     raw(port, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03")  # TLS where there is none
     assert b"400" in raw(port, b"NONSENSE\r\n\r\n")
-    raw(port, b"GET / HTTP/1.1\r\nHost: x\r\nA: " + b"b" * 200_000 + b"\r\n\r\n")
+    raw(port, b"GET / HTTP/1.1\r\nHost: localhost\r\nA: " + b"b" * 200_000 + b"\r\n\r\n")
     raw(port, HEAD + b"Content-Length: 1000\r\n\r\n{")  # cut in the body
     raw(port, HEAD[:50])  # cut in the header
     assert b"413" in raw(port, HEAD + b"Content-Length: 99999999999\r\n\r\n", end=False)
@@ -175,6 +178,109 @@ def test_slow_connections_do_not_keep_others_waiting(running: ServerProcess) -> 
     finally:
         for link in links:
             link.close()
+
+
+def ways() -> list[str]:
+    """Addresses of this machine."""
+    found = ["127.0.0.1"]
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return found
+    return [*found, "::1"]
+
+
+@pytest.mark.parametrize("host", ways())
+def test_the_end_of_an_answer_is_not_held_back(host: str) -> None:
+    async def work() -> int:
+        found = asyncio.get_running_loop().create_future()
+
+        class Protocol(asyncio.Protocol):
+            def connection_made(self, transport: Any) -> None:
+                link = transport.get_extra_info("socket")
+                found.set_result(link.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+
+        listener = listen(host, 0)
+        server = await asyncio.get_running_loop().create_server(Protocol, sock=listener)
+        _, writer = await asyncio.open_connection(host, listener.getsockname()[1])
+        try:
+            return await asyncio.wait_for(found, 10)
+        finally:
+            writer.close()
+            server.close()
+
+    assert asyncio.run(work()) == 1
+
+
+ASKED = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+def unread(port: int) -> socket.socket:
+    """A connection that asks for much and reads nothing."""
+    link = socket.socket()
+    link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    link.connect(("127.0.0.1", port))
+    link.settimeout(60)
+    link.sendall(ASKED)
+    link.recv(1)  # it serves
+    link.settimeout(0.3)
+    with suppress(OSError):
+        for _ in range(400):
+            link.sendall(ASKED * 50)
+    return link
+
+
+def test_a_client_that_does_not_read_keeps_no_server_alive(banked: tuple[Path, Any]) -> None:
+    with ServerProcess(banked[0], *SHAPED) as process, unread(process.port):
+        start = time.monotonic()
+        process.terminate()
+        time.sleep(0.2)
+        process.terminate()  # a parent may hand on what the terminal has sent as well
+        code, said = process.ended()
+        assert code == 0, said
+        assert 5 < time.monotonic() - start < 15
+        assert "Traceback" not in said
+
+
+def test_a_second_signal_ends_it_at_once(banked: tuple[Path, Any]) -> None:
+    with ServerProcess(banked[0], *SHAPED) as process, unread(process.port):
+        process.terminate()
+        time.sleep(1.5)
+        start = time.monotonic()
+        process.terminate(signal.SIGINT)
+        code, said = process.ended()
+        assert (code, time.monotonic() - start < 3) == (130, True), said
+        assert "Ended at once" in said
+
+
+def test_clients_that_read_nothing_are_left_and_slow_ones_are_not(
+    banked: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("weft.serving.process.PATIENCE", 0.7)
+    app = create_app(Server(Bank(banked[0]), make_base()), Settings(InputSpec(shape=SHAPE)))
+    with ServerThread(app) as served:
+        with unread(served.port):
+            wait_for(lambda: served.connections == 1)
+            wait_for(lambda: served.connections == 0)
+        with socket.create_connection(("127.0.0.1", served.port), timeout=5) as slow:
+            slow.sendall(ASKED * 1000)
+            until, received = time.monotonic() + 3, 0
+            while time.monotonic() < until:
+                received += len(slow.recv(40_000))
+                time.sleep(0.02)
+            assert received > 500_000
+            assert served.connections == 1
+        idle = socket.create_connection(("127.0.0.1", served.port))
+        idle.sendall(ASKED)
+        wait_for(lambda: served.connections == 0)
+        idle.close()
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 15) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.02)
 
 
 def test_requests_of_closed_connections_are_dropped_before_they_run(
@@ -263,6 +369,14 @@ def test_what_cannot_be_served_is_said_at_once(command: Any, tmp_path: Path) -> 
         ("--input-type", "float16"): "Inputs are of float32 or int64",
         ("--port", str(taken.getsockname()[1])): "Cannot listen on",
         ("--token", " "): "The token is empty",
+        ("--device", "foo"): "--device: torch cannot use 'foo' here",
+        ("--input-shape", "3,-1,2"): "--input-shape: A row has the shape [3, -1, 2]",
+        ("--input-shape", "0"): "--input-shape: A row has the shape [0]",
+        ("--input-shape", ""): "--input-shape takes numbers",
+        ("--input-shape", "3,9999999,9999999"): "up to 100,000,000 numbers",
+        ("--image-size", "99999999"): "up to 100,000,000 numbers",
+        ("--base-option", "a=["): "--base-option a: '[' is no YAML value",
+        ("--max-bytes", "9" * 400): "less than 8 EiB",
     }
     with taken:
         for options, message in cases.items():
@@ -289,6 +403,44 @@ def test_images_are_prepared_as_in_training(
     inputs = command(bank=bank.path)[0].state.service.settings.inputs
     assert inputs.preprocessing.std == (0.3, 0.3, 0.3)
     assert (inputs.image_size, inputs.shape) == (6, (3, 6, 6))
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"seed": "x", "base": {}}, "seed='x'; expected a int"),
+        ({"base": "net"}, "base='net'; expected a dict"),
+        ({"base": {"mean": [None]}}, "mean='[None]'; expected a list of numbers"),
+        ({"base": {"std": 3}}, "std='3'; expected a list"),
+        ({"base": {}, "data": [1]}, "data='[1]'; expected a dict"),
+        ({"base": {}, "data": {"image_size": "6"}}, "image_size='6'; expected a int"),
+        ("run 7", None),
+        ({"run": 7, "seed": "words of my own"}, None),
+    ],
+)
+def test_facts_of_a_wrong_type_are_named(
+    facts: Any, message: str | None, command: Any, tmp_path: Path
+) -> None:
+    bank, model = make_bank(tmp_path, "a")
+    model.tasks["a"].facts["experiment"] = facts
+    bank.save(model)
+    app, said = command(bank=bank.path)
+    assert (app is None) == (message is not None)
+    if message is not None:
+        assert "error: The bank's task says of its training" in said
+        assert message in " ".join(said.split())
+
+
+def test_what_guards_a_server_of_this_machine(
+    command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = command("--allow-host", "net.example")[0].state.service.settings
+    assert set(settings.hosts) == {"127.0.0.1", "localhost", "::1", "net.example"}
+    assert settings.max_queue_bytes == 512_000_000
+    assert command("--host", "0.0.0.0")[0].state.service.settings.hosts is None
+    monkeypatch.setenv("WEFT_TOKEN", " secret\n")
+    settings = command("--max-answers", 7)[0].state.service.settings
+    assert (settings.token, settings.hosts, settings.max_answers) == ("secret", None, 7)
 
 
 def test_sizes_are_read_as_people_write_them() -> None:

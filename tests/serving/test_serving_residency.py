@@ -16,7 +16,7 @@ import weft
 from serving.banks import add_tasks, disturb, images, make_bank, make_base, size
 from weft.bank import Bank
 from weft.errors import BankError, DataError, TaskError
-from weft.serving import NoRoomError, Server
+from weft.serving import Changes, NoRoomError, Server
 
 NAMES = ("a", "b", "c", "d")
 
@@ -507,3 +507,119 @@ def test_a_stream_of_calls_does_not_starve_one_that_needs_room(tmp_path: Path) -
         done.set()
 
     run_together(stream, stream, needs_room)
+
+
+def test_a_bank_that_has_vanished_takes_nothing_with_it(tmp_path: Path) -> None:
+    bank, model = make_bank(tmp_path)
+    server, x = Server(bank, make_base(), pinned=["a"]), images(1)
+    for gone in (bank.path, bank.path / "bank.json"):
+        gone.rename(tmp_path / "elsewhere")
+        with pytest.raises(BankError, match="no bank"):
+            server.refresh()
+        assert server.task_names == NAMES
+        assert server.pinned == {"a"}
+        assert torch.equal(server(x, task="a"), model(x, task="a"))
+        (tmp_path / "elsewhere").rename(gone)
+    assert server.refresh() == Changes((), (), ())
+
+
+def test_refreshes_at_the_same_time_agree(tmp_path: Path) -> None:
+    bank, _ = make_bank(tmp_path)
+    server = Server(bank, make_base())
+    add_tasks(bank, "e", "f")
+    found: list[Any] = []
+    run_together(*[lambda: found.append(server.refresh())] * 6)
+    assert sorted(changes.added for changes in found) == [()] * 5 + [("e", "f")]
+
+
+def too_wide(folder: Path) -> tuple[Bank, Any]:
+    """Tasks of which none fits into the range of half precision."""
+    base = make_base()
+    model = weft.MultiTaskModel(base, weft.full_finetune(base), example=images(2))
+    for name in NAMES:
+        model.add_task(name, weft.Classification(3))
+    disturb(model)
+    with torch.no_grad():
+        for name in NAMES:
+            for tensor in model.tasks[name].own.values():
+                if tensor.is_floating_point():
+                    tensor.view(-1)[0] = 1e6
+    bank = Bank(folder / "bank")
+    bank.save(model)
+    return bank, bank.load(base).eval()
+
+
+def test_tasks_that_half_precision_cannot_hold_are_served_in_smaller_groups(
+    tmp_path: Path,
+) -> None:
+    bank, model = too_wide(tmp_path)
+    one, x = size(bank, "a"), images(4)
+    for cap in (one + one // 2, 2 * one + one // 2):
+        for ask in range(3):
+            server = Server(bank, make_base(), half=True, max_bytes=cap)
+            assert server.summary("a").half_size < 0.7 * one
+            if ask == 0:
+                found = server.predict_all(x)
+                assert all(torch.equal(found[n], model(x, task=n)) for n in NAMES)
+            elif ask == 1:
+                for i, answer in enumerate(server.answers(x, list("abcd"))):
+                    expected = model(x[i : i + 1], task=NAMES[i])[0]
+                    assert torch.allclose(answer.output, expected, rtol=1e-4)
+            else:
+                with pytest.raises(NoRoomError, match="4 tasks need"):
+                    server(x, task=list("abcd"))
+                assert torch.equal(server(x, task="b"), model(x, task="b"))
+            assert server.resident_bytes <= cap
+
+
+def test_a_task_that_is_larger_than_all_room_says_what_it_needs(tmp_path: Path) -> None:
+    bank, _ = too_wide(tmp_path)
+    one = size(bank, "a")
+    server = Server(bank, make_base(), half=True, max_bytes=one - 1)
+    message = rf"'a' needs {one:,} bytes; the server may hold max_bytes={one - 1:,}\. Raise max"
+    for ask in (lambda: server(images(1), task="a"), lambda: server.predict_all(images(1))) * 2:
+        with pytest.raises(NoRoomError, match=message):
+            ask()
+    assert server.resident_bytes == 0
+    base = make_base()  # saved again, it is smaller
+    model = weft.MultiTaskModel(base, weft.linear_probe(base), example=images(2))
+    model.add_task("a", weft.Classification(3))
+    bank.save(model)
+    server.refresh()
+    assert server(images(1), task="a").shape == (1, 3)
+
+
+def shared_tasks(bank: Bank, seed: int, *names: str) -> None:
+    """Save tasks that were trained together on shared tensors of their own."""
+    base = make_base()
+    model = weft.MultiTaskModel(base, weft.hard_sharing(base, own="top"), example=images(2))
+    for name in names:
+        model.add_task(name, weft.Classification(3))
+    torch.manual_seed(seed)
+    disturb(model)
+    with torch.no_grad():
+        for tensor in model.shared.values():
+            if tensor.is_floating_point():
+                tensor += 0.1 * torch.rand(tensor.shape)
+    bank.save(model)
+
+
+def test_shared_states_leave_with_the_last_task_that_refers_to_them(tmp_path: Path) -> None:
+    bank, x = Bank(tmp_path / "bank"), images(2)
+    shared_tasks(bank, 0, "a", "b")
+    server = Server(bank, make_base())
+    server.predict_all(x)
+    with server._residency.lease("a"):
+        for seed in range(1, 4):
+            shared_tasks(bank, seed, "a")
+            assert server.refresh().changed == ("a",)
+            server(x, task="a")
+            states = {server.bank.info(name)["shared"]["sha256"] for name in "ab"}
+            assert set(server._loader._models) - {None} == states
+    shared_tasks(bank, 9, "a", "b")
+    server.refresh()
+    assert not set(server._loader._models) - {None}
+    expected = bank.load(make_base()).eval()
+    found = server.predict_all(x)
+    with torch.no_grad():
+        assert all(torch.allclose(found[n], expected(x, task=n), atol=1e-6) for n in "ab")

@@ -18,9 +18,11 @@ from weft.registry import METHODS, options_of
 from weft.reporting import report as write_report
 
 from .banks import bank_app
+from .comparing import compare_command
 from .experiments import eval_command, fold, train_command
 from .exporting import export_command
 from .output import AsJson, BankPath, out, plain, print_json
+from .planning import plan_command
 from .serving import serve
 
 app = typer.Typer(
@@ -110,6 +112,8 @@ def doctor(as_json: AsJson = False) -> None:
 
 app.command("train")(train_command)
 app.command("eval")(eval_command)
+app.command("compare")(compare_command)
+app.command("plan")(plan_command)
 app.command("fold")(fold)
 app.command("serve")(serve)
 app.command("export")(export_command)

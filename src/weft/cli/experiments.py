@@ -75,7 +75,7 @@ def fold(
     if output.suffix != ".safetensors":
         raise ConfigError(f"--output is a .safetensors file, found '{output}'.")
     model, _ = stored_task(config, overrides, task)
-    path = export(model, task, output)
+    path = export(model, task, output, format="safetensors")
     out.print(f"Wrote {plain(str(path))}.")
 
 

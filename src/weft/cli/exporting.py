@@ -14,13 +14,12 @@ from weft.bases import load_base
 from weft.config import read
 from weft.core.model import MultiTaskModel
 from weft.errors import ConfigError, close_matches
-from weft.exporting import FORMATS, export
+from weft.exporting import SUFFIXES, chosen_format, export
 from weft.pretraining import trained_base
 
 from .output import Overrides, out, plain
-from .serving import numbers
-
-SUFFIXES = {".safetensors": "safetensors", ".pt2": "torch", ".onnx": "onnx"}
+from .serving import row_shape
+from .trained import trained
 
 Source = Annotated[
     Path, typer.Argument(help="The YAML file of the experiment, or a bank's folder.")
@@ -92,36 +91,28 @@ def _from_bank(
     graph: bool,
 ) -> tuple[MultiTaskModel, Any]:
     opened = Bank(bank, create=False)
-    trained: dict[str, Any] = opened.info(task)["facts"].get("experiment") or {}
-    section: dict[str, Any] = trained.get("base") or {}
-    name = base or section.get("name")
+    told = trained(opened.info(task)["facts"])
+    name = base or told.base
     if name is None:
         raise ConfigError(
             f"The bank does not say where its base is from, a {opened.base()['class']}. Name it: "
             "--base timm:NAME, torchvision:NAME, hf:NAME or python:FILE.py:FUNCTION."
         )
-    shape = numbers("--input-shape", input_shape, int)
-    if graph and (shape is None or min(shape) < 1):
+    shape = row_shape(input_shape)
+    if graph and shape is None:
         raise ConfigError(
             "A graph is captured on an example. Say the shape of one row, --input-shape 3,224,224; "
             "for other inputs than one tensor of numbers export from the experiment's YAML file."
         )
-    torch.manual_seed(trained.get("seed") or 0)  # as a base that is drawn at random was in training
-    stored = weights or (section.get("weights") if base is None else None)
-    options = section.get("options") if name == section.get("name") else None
+    torch.manual_seed(told.seed)  # as a base that is drawn at random was in training
+    stored = weights or (told.weights if base is None else None)
+    options = told.options if name == told.base else None
     network, _ = load_base(name, weights=stored, options=options)
     return opened.load(network, task), None if shape is None else torch.randn(1, *shape)
 
 
 def _format(format: str | None, output: Path) -> Any:
-    known = SUFFIXES.get(output.suffix)
-    if format is None:
-        if known is None:
-            raise ConfigError(
-                f"--output: '{output}' ends in none of {', '.join(SUFFIXES)}. Name it so, or say "
-                f"--format {', '.join(FORMATS)}."
-            )
-        return known
-    if known is not None and known != format and format in FORMATS:
+    chosen = chosen_format(format, output)
+    if SUFFIXES.get(output.suffix, chosen) != chosen:
         raise ConfigError(f"--output: '{output}' has the name of another format than {format}.")
-    return format
+    return chosen

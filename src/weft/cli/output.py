@@ -29,3 +29,8 @@ def plain(text: str) -> str:
 def print_json(value: Any) -> None:
     """Print a value and nothing else."""
     sys.stdout.write(json.dumps(value, indent=1, default=str) + "\n")
+
+
+def records(frame: Any) -> Any:
+    """The rows of a pandas table as plain values, what is missing as null."""
+    return json.loads(frame.to_json(orient="records"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,30 +15,15 @@ from rich.console import Console
 from weft.bank import Bank
 from weft.bases import load_base
 from weft.data import Preprocessing
-from weft.errors import BankError, ConfigError
+from weft.errors import BankError, ConfigError, DataError
 from weft.serving import Server
-from weft.serving.inputs import InputSpec, Limits
+from weft.serving.inputs import InputSpec, Limits, check_shape
+from weft.sizes import size_in_bytes
 
 from .output import BankPath, out, plain
+from .trained import Trained, trained
 
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 LOCAL = ("127.0.0.1", "localhost", "::1")
-
-
-def size_in_bytes(text: str) -> int:
-    """A size as people write it: ``256MB``, ``1.5 GiB``, ``4096``.
-
-    Raises:
-        ConfigError: it is none.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    if found is None or found[2].upper() not in UNITS:
-        raise ConfigError(f"A size is a number with {', '.join(UNITS)}; found '{text}'.")
-    size = int(float(found[1]) * UNITS[found[2].upper()])
-    if size < 1:
-        raise ConfigError(f"A size is at least one byte, found '{text}'.")
-    return size
 
 
 def numbers(option: str, text: str | None, kind: type[Any]) -> tuple[Any, ...] | None:
@@ -56,6 +40,21 @@ def numbers(option: str, text: str | None, kind: type[Any]) -> tuple[Any, ...] |
         raise ConfigError(
             f"{option} takes numbers with commas between them, found '{text}'."
         ) from None
+
+
+def row_shape(text: str | None) -> tuple[int, ...] | None:
+    """The shape of one row, as ``--input-shape`` says it.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    shape = numbers("--input-shape", text, int)
+    if shape is not None:
+        try:
+            check_shape(shape)
+        except DataError as error:
+            raise ConfigError(f"--input-shape: {error}") from None
+    return shape
 
 
 def serve(
@@ -104,6 +103,10 @@ def serve(
         float, typer.Option(min=0, help="Time that a request waits for others.")
     ] = 5.0,
     max_queue: Annotated[int, typer.Option(min=1, help="Requests that may wait.")] = 256,
+    max_queue_bytes: Annotated[str, typer.Option(help="Inputs that may wait.")] = "512MB",
+    max_answers: Annotated[
+        int, typer.Option(min=1, help="Rows times tasks of one request.")
+    ] = 1024,
     max_body: Annotated[str, typer.Option(help="Greatest body.")] = "10MB",
     body_timeout: Annotated[
         float, typer.Option(min=0.1, help="Seconds in which a body must arrive.")
@@ -111,6 +114,10 @@ def serve(
     max_pixels: Annotated[
         int, typer.Option(min=1, help="Greatest image, width times height.")
     ] = 25_000_000,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(help="A name that browsers know it by, where a proxy hands that on."),
+    ] = None,
     one_task_at_a_time: Annotated[
         bool, typer.Option("--one-task-at-a-time", help="Never mix tasks in a batch.")
     ] = False,
@@ -120,7 +127,7 @@ def serve(
     """Serve the tasks of a bank over HTTP, with a page to try them."""
     from weft.serving.http import create_app
     from weft.serving.process import listen, run
-    from weft.serving.service import Settings
+    from weft.serving.settings import Settings
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("weft.serving").setLevel(logging.INFO)
@@ -128,16 +135,18 @@ def serve(
         torch.set_num_threads(threads)
     limits = Limits(size_in_bytes(max_body), max_pixels, body_seconds=body_timeout)
     cap = None if max_bytes is None else size_in_bytes(max_bytes)
-    if token is not None and not token.strip():
+    token = None if token is None else token.strip()  # files of secrets end with a line
+    if token == "":
         raise ConfigError("The token is empty. Leave it out, or give a long random one.")
+    _check_device(device)
     stored = Bank(bank, create=False)
-    facts = _trained_with(stored)
-    torch.manual_seed(facts.get("seed") or 0)  # as a base that is drawn at random was in training
+    told = _trained_with(stored)
+    torch.manual_seed(told.seed)  # as a base that is drawn at random was in training
     network, stated = load_base(base, weights=weights, options=_options(base_option))
     scale = numbers("--mean", mean, float), numbers("--std", std, float)
-    preprocessing = _preprocessing(facts, stated, *scale)
-    side = image_size or (facts.get("data") or {}).get("image_size")
-    shape = numbers("--input-shape", input_shape, int)
+    preprocessing = _preprocessing(told, stated, *scale)
+    side = image_size or told.image_size
+    shape = row_shape(input_shape)
     if shape is None and side is not None:
         shape = (3, side, side)
     spec = InputSpec(
@@ -162,8 +171,12 @@ def serve(
         max_batch=max_batch,
         max_delay=max_delay_ms,
         max_queue=max_queue,
+        max_queue_bytes=size_in_bytes(max_queue_bytes),
+        max_answers=max_answers,
         mixed=not one_task_at_a_time,
         token=token,
+        # By a name that a stranger makes to mean this machine, their page could ask in a browser.
+        hosts=(*LOCAL, *(allow_host or ())) if host in LOCAL and token is None else None,
     )
     if host not in LOCAL and token is None:
         Console(stderr=True).print(
@@ -183,14 +196,22 @@ def serve(
     run(create_app(server, settings), listener)
 
 
-def _trained_with(bank: Bank) -> dict[str, Any]:
-    """What the experiment of the first tasks says of base and data; empty if they had none."""
+def _check_device(device: str | None) -> None:
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # each backend has its own
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise ConfigError(f"--device: torch cannot use '{device}' here: {reason}.") from None
+
+
+def _trained_with(bank: Bank) -> Trained:
+    """What the experiment of the first tasks says of base and data."""
     for name in bank.tasks()[:10]:
         with suppress(BankError):  # a damaged task is no reason not to serve the others
-            facts = bank.info(name)["facts"].get("experiment")
-            if isinstance(facts, dict):
-                return facts
-    return {}
+            facts = bank.info(name)["facts"]
+            if isinstance(facts.get("experiment"), dict):
+                return trained(facts)
+    return Trained()
 
 
 def _options(given: list[str] | None) -> dict[str, Any]:
@@ -199,19 +220,21 @@ def _options(given: list[str] | None) -> dict[str, Any]:
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise ConfigError(f"--base-option is KEY=VALUE, found '{text}'.")
-        options[key] = yaml.safe_load(value)
+        try:
+            options[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(f"--base-option {key}: '{value}' is no YAML value.") from None
     return options
 
 
 def _preprocessing(
-    facts: dict[str, Any],
+    told: Trained,
     stated: Preprocessing | None,
     mean: tuple[float, ...] | None,
     std: tuple[float, ...] | None,
 ) -> Preprocessing:
     """How pixels are scaled: as asked for, else as in training, else as the base's library says."""
-    section = facts.get("base") or {}
-    mean, std = mean or section.get("mean"), std or section.get("std")
+    mean, std = mean or told.mean, std or told.std
     if mean or std:
-        return Preprocessing(mean=tuple(mean or (0.5,)), std=tuple(std or (0.5,)))
+        return Preprocessing(mean=mean or (0.5,), std=std or (0.5,))
     return stated or Preprocessing(mean=(0.5,) * 3, std=(0.5,) * 3)

@@ -18,6 +18,7 @@ from torch import Tensor
 from weft.data.request import Request, listing
 from weft.data.sets import TaskData
 from weft.data.splitting import assemble, complete_splits
+from weft.errors import DataError
 
 SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
@@ -58,15 +59,35 @@ def pixels_of(opened: Image.Image, image_size: int | None) -> Pixels:
         image_size: as for `decode_one`.
 
     Returns:
-        H x W x 3 pixels, uint8.
+        H x W x 3 pixels, uint8. Greys of 16 bits are scaled to 8.
+
+    Raises:
+        DataError: pixels of a kind whose range is not known.
     """
     if image_size is not None:
         # JPEG can decode at 1/2, 1/4, 1/8: twice the wanted size keeps the resize clean.
         opened.draft("RGB", (2 * image_size, 2 * image_size))
-    image = ImageOps.exif_transpose(opened).convert("RGB")
+    image = _of_eight_bits(ImageOps.exif_transpose(opened), opened.format).convert("RGB")
     if image_size is not None and image.size != (image_size, image_size):
         image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR)
     return np.asarray(image)
+
+
+def _of_eight_bits(image: Image.Image, format: str | None) -> Image.Image:
+    """The image, in 8 bits if it has more: PIL would take 256 and all above for white.
+
+    Raises:
+        DataError: there is no saying what its white is.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and format in ("PNG", "PPM")):
+        wide = np.asarray(image).astype(np.int64)  # 0..65535, in "I" as well
+        return Image.fromarray(((wide + 128) // 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise DataError(
+            f"The image has pixels of 32 bits (mode {image.mode}), and nothing says which number "
+            "is white. Convert it to 8 or 16 bits."
+        )
+    return image
 
 
 def decode(request: Request, sources: Sequence[bytes | Path], names: Sequence[str]) -> Tensor:

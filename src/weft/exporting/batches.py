@@ -145,4 +145,14 @@ def _described(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
 
 def joined(path: tuple[Any, ...]) -> str:
     """A place in a structure of tensors as one name."""
-    return "_".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
+    return "_".join(map(_key_name, path))
+
+
+def _key_name(key: Any) -> str:
+    if isinstance(key, pytree.MappingKey):
+        return str(key.key)
+    if isinstance(key, pytree.SequenceKey):
+        return str(key.idx)
+    if isinstance(key, pytree.GetAttrKey):
+        return key.name
+    return str(key)

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from weft.core.model import MultiTaskModel
 from weft.core.rows import Arguments
-from weft.errors import ConfigError, close_matches
+from weft.errors import ConfigError, TaskError, close_matches
 
 from . import onnx_graph
 from .batches import Example, example_of, joined
@@ -38,6 +38,9 @@ Format = Literal["safetensors", "torch", "onnx"]
 
 FORMATS: tuple[Format, ...] = get_args(Format)
 
+SUFFIXES: dict[str, Format] = {".safetensors": "safetensors", ".pt2": "torch", ".onnx": "onnx"}
+"""What the names of files end in."""
+
 TOLERANCE = {"torch": 1e-5, "onnx": 1e-4}
 """Differences to the model that a check lets pass, relative to an output's largest value."""
 
@@ -47,7 +50,7 @@ def export(
     task: str | Sequence[str],
     path: str | os.PathLike[str],
     *,
-    format: Format = "safetensors",
+    format: Format | None = None,
     example: Any = None,
     head: bool = True,
     check: bool = True,
@@ -64,7 +67,8 @@ def export(
         path: the file; an older one is replaced.
         format: "safetensors" for the state dict (names start with ``base.`` and ``head.``; with
             ``head=False`` they are the base's own); "torch" for a program of ``torch.export``;
-            "onnx" for an ONNX graph.
+            "onnx" for an ONNX graph; None for what the file's name ends in, ``.safetensors``,
+            ``.pt2`` or ``.onnx``.
         example: one batch as the model takes it, rows of one suffice; default: the model's
             example. Graphs need one.
         head: whether the head comes along; without it the output is what the head would read.
@@ -74,21 +78,18 @@ def export(
         The file.
 
     Raises:
-        ConfigError: an unknown format, with close matches.
-        TaskError: no such task, or its head is not built yet.
+        ConfigError: an unknown format, with close matches, or none where the name says none.
+        TaskError: no such task, no task at all, or its head is not built yet.
         PlanError: the task has no plain form, for instance because a gate decides for each row.
         DataError: a graph needs an example and there is none, or the base does not take it.
         ExportError: there is no graph, the check fails, or the file cannot be written.
         MissingExtra: ONNX needs an extra that is not installed.
     """
-    if format not in FORMATS:
-        raise ConfigError(
-            f"There is no format '{format}'. Formats: {', '.join(FORMATS)}."
-            + close_matches(str(format), FORMATS)
-        )
+    place = Path(path)
+    format = chosen_format(format, place)
+    tasks = _chosen_tasks(task)
     if format == "onnx":
         onnx_graph.check_installed(runtime=check)
-    place = Path(path)
     check_place(place)
     with torch.inference_mode(False), torch.no_grad():
         if isinstance(task, str):
@@ -99,9 +100,47 @@ def export(
                 "head=True. Tensors and backbones leave task by task."
             )
         else:
-            data = _choosing(model, list(task), format, example_of(model, example), check=check)
+            data = _choosing(model, tasks, format, example_of(model, example), check=check)
     write_whole(place, data)
     return place
+
+
+def chosen_format(format: str | None, path: Path) -> Format:
+    """The format of a file.
+
+    Args:
+        format: as it was asked for; None for what the file's name ends in.
+        path: the file.
+
+    Raises:
+        ConfigError: there is no such format, or the name does not say one.
+    """
+    if format is None:
+        known = SUFFIXES.get(path.suffix)
+        if known is None:
+            raise ConfigError(
+                f"'{path}' ends in none of {', '.join(SUFFIXES)}. Name it so, or give the format: "
+                f"{', '.join(FORMATS)}."
+            )
+        return known
+    for one in FORMATS:
+        if one == format:
+            return one
+    raise ConfigError(
+        f"There is no format '{format}'. Formats: {', '.join(FORMATS)}."
+        + close_matches(str(format), FORMATS)
+    )
+
+
+def _chosen_tasks(task: Any) -> list[str]:
+    tasks = [task] if isinstance(task, str) else task
+    if not isinstance(tasks, Sequence) or not all(isinstance(name, str) for name in tasks):
+        raise TaskError(
+            f"A task leaves by its name, or several by theirs in a list; found {task!r}."
+        )
+    if not tasks:
+        raise TaskError("No task is named: the list of tasks is empty.")
+    return list(tasks)
 
 
 def _choosing(

@@ -3,11 +3,13 @@
 from weft.core.patch import Patch, Replace
 
 from .gated import GatedResidual, GatedTuned
+from .low_rank import LowRankSum
 
 PATCHES: dict[str, type[Patch]] = {
     "replace": Replace,
     "gated_tuned": GatedTuned,
     "gated_residual": GatedResidual,
+    "low_rank_sum": LowRankSum,
 }
 
-__all__ = ["PATCHES", "GatedResidual", "GatedTuned", "Patch", "Replace"]
+__all__ = ["PATCHES", "GatedResidual", "GatedTuned", "LowRankSum", "Patch", "Replace"]

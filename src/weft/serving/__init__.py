@@ -1,9 +1,11 @@
 """Serving: the tasks of a bank on one resident base, in a process and over HTTP."""
 
 from .answers import Answer
-from .batcher import Batcher, EveryTask, Job, TaskPerRow, Work
-from .refusals import NoRoomError, OverloadedError, StoppingError
-from .server import Changes, Server
+from .batcher import Batcher
+from .directory import Changes
+from .refusals import LoadError, NoRoomError, OverloadedError, StoppingError
+from .server import Server
+from .work import EveryTask, Job, TaskPerRow, Work
 
 __all__ = [
     "Answer",
@@ -11,6 +13,7 @@ __all__ = [
     "Changes",
     "EveryTask",
     "Job",
+    "LoadError",
     "NoRoomError",
     "OverloadedError",
     "Server",

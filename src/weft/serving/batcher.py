@@ -3,100 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, final
 
-import torch
 from torch import Tensor
 
 from weft.errors import DataError
 
-from .answers import Answer
 from .refusals import OverloadedError, StoppingError
-from .server import Server
-
-
-@final
-@dataclass(frozen=True)
-class Job:
-    """What one request asks for.
-
-    Args:
-        x: (rows, ...) inputs.
-        tasks: names; what they mean is up to the work.
-    """
-
-    x: Tensor
-    tasks: tuple[str, ...]
-
-
-class Work(ABC):
-    """What is done for requests of one kind; runs in a thread of its own."""
-
-    @abstractmethod
-    def kind(self, tasks: tuple[str, ...]) -> Hashable:
-        """Equal for requests that may run together."""
-
-    @abstractmethod
-    def run(self, jobs: Sequence[Job]) -> Sequence[Any]:
-        """The answers, one for each job, in their order."""
-
-
-@final
-class TaskPerRow(Work):
-    """Each row has a task of its own; a job's answer is a list of `Answer` by row.
-
-    Args:
-        server: runs them.
-        mixed: whether rows of different tasks run in one batch; otherwise requests of one choice
-            of tasks wait for each other.
-    """
-
-    def __init__(self, server: Server, *, mixed: bool = True) -> None:
-        self._server = server
-        self._mixed = mixed
-
-    def kind(self, tasks: tuple[str, ...]) -> Hashable:
-        return None if self._mixed else frozenset(tasks)
-
-    def run(self, jobs: Sequence[Job]) -> Sequence[list[Answer]]:
-        names = [name for job in jobs for name in job.tasks]
-        answers = self._server.answers(_joined(jobs), names)
-        return _cut(answers, jobs)
-
-
-@final
-class EveryTask(Work):
-    """All of a job's tasks answer for each row: a job's answer is a list of lists of `Answer`.
-
-    Args:
-        server: runs them.
-    """
-
-    def __init__(self, server: Server) -> None:
-        self._server = server
-
-    def kind(self, tasks: tuple[str, ...]) -> Hashable:
-        return tasks
-
-    def run(self, jobs: Sequence[Job]) -> Sequence[list[list[Answer]]]:
-        return _cut(self._server.all_answers(_joined(jobs), jobs[0].tasks), jobs)
-
-
-def _joined(jobs: Sequence[Job]) -> Tensor:
-    return jobs[0].x if len(jobs) == 1 else torch.cat([job.x for job in jobs])
-
-
-def _cut(rows: list[Any], jobs: Sequence[Job]) -> list[list[Any]]:
-    ends = [0]
-    for job in jobs:
-        ends.append(ends[-1] + len(job.x))
-    return [rows[begin:end] for begin, end in pairwise(ends)]
+from .work import Job, Work
 
 
 @final
@@ -123,6 +41,7 @@ class Batcher:
         max_batch: rows in a batch, >= 1.
         max_delay: milliseconds, >= 0.
         max_queue: requests that may wait, >= 1.
+        max_queue_bytes: of the inputs that wait; a request that waits alone may have more.
         observe: called with the rows and the distinct tasks of every batch that runs.
     """
 
@@ -132,14 +51,18 @@ class Batcher:
         max_batch: int = 32,
         max_delay: float = 5.0,
         max_queue: int = 256,
+        max_queue_bytes: int = 512_000_000,
         observe: Callable[[int, int], None] | None = None,
     ) -> None:
         self.max_batch = max_batch
         self.max_queue = max_queue
+        self.max_queue_bytes = max_queue_bytes
         self._delay = max_delay / 1000
         self._observe = observe
         self._groups: dict[Hashable, deque[_Request]] = {}
         self._waiting = 0
+        self._bytes = 0
+        self._at_work = False
         self._stopping = False
         self.accepted = 0
         self.answered = 0
@@ -156,6 +79,32 @@ class Batcher:
     def stopping(self) -> bool:
         """Whether no more requests are taken."""
         return self._stopping
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request waits or runs."""
+        return self._waiting > 0 or self._at_work
+
+    @property
+    def failed(self) -> bool:
+        """Whether nothing runs requests any more although nobody has stopped it."""
+        return self._worker is not None and self._worker.done() and not self._stopping
+
+    def check_room(self, size: int = 0) -> None:
+        """Refuse a request that would find the queue full.
+
+        Args:
+            size: bytes of its inputs, as far as they are known.
+
+        Raises:
+            OverloadedError: too much waits already.
+        """
+        if self._waiting >= self.max_queue:
+            raise OverloadedError(f"{self._waiting} requests are waiting already. Try again later.")
+        if self._waiting and self._bytes + size > self.max_queue_bytes:
+            raise OverloadedError(
+                f"{self._bytes:,} bytes of inputs are waiting already. Try again later."
+            )
 
     def start(self) -> None:
         """Begin to run requests, on the running event loop."""
@@ -182,15 +131,17 @@ class Batcher:
 
         Raises:
             DataError: too many rows.
-            OverloadedError: ``max_queue`` requests wait already.
-            StoppingError: `stop` was called.
+            OverloadedError: as much waits already as may wait.
+            StoppingError: `stop` was called, or the batcher has failed.
         """
         if len(x) > self.max_batch:
             raise DataError(f"Found {len(x)} rows; a request may have up to {self.max_batch}.")
         if self._stopping:
             raise StoppingError("The server is stopping.")
-        if self._waiting >= self.max_queue:
-            raise OverloadedError(f"{self._waiting} requests are waiting already. Try again later.")
+        if self.failed:
+            raise StoppingError("Requests are not run any more. Start the server again.")
+        size = x.nbytes
+        self.check_room(size)
         loop = asyncio.get_running_loop()
         job = Job(x, tuple(tasks))
         request = _Request(work, job, loop.time(), loop.create_future())
@@ -198,6 +149,7 @@ class Batcher:
         group = self._groups.setdefault(key, deque())
         group.append(request)
         self._waiting += 1
+        self._bytes += size
         self.accepted += 1
         if len(group) == 1 or self._is_full(group):
             self._wake.set()
@@ -207,12 +159,20 @@ class Batcher:
             if request in group:  # cancelled before it ran
                 group.remove(request)
                 self._waiting -= 1
+                self._bytes -= size
                 if not group and self._groups.get(key) is group:
                     del self._groups[key]
 
     # ---------------------------------------------------------------- inside
 
     async def _serve(self) -> None:
+        try:
+            await self._run_batches()
+        finally:
+            for group in self._groups.values():  # none are left unless something went wrong
+                _let_go(group)
+
+    async def _run_batches(self) -> None:
         while True:
             key = self._next_group()
             if key is not None:
@@ -252,31 +212,56 @@ class Batcher:
             rows += len(group[0].job.x)
             batch.append(group.popleft())
         self._waiting -= len(batch)
+        self._bytes -= sum(request.job.x.nbytes for request in batch)
         if not group:
             del self._groups[key]
         return [request for request in batch if not request.answer.done()]
 
     async def _run(self, batch: list[_Request]) -> None:
+        self._at_work = True
+        try:
+            await self._answer(batch)
+        finally:
+            self._at_work = False
+            _let_go(batch)
+
+    async def _answer(self, batch: list[_Request]) -> None:
         if not batch:
             return
-        work, jobs = batch[0].work, [request.job for request in batch]
-        loop = asyncio.get_running_loop()
+        answers = await asyncio.get_running_loop().run_in_executor(self._thread, self._ran, batch)
+        if not isinstance(answers, Exception):
+            for request, answer in zip(batch, answers, strict=True):
+                if not request.answer.done():
+                    request.answer.set_result(answer)
+                    self.answered += 1
+        elif len(batch) > 1:
+            for request in batch:
+                await self._answer([] if request.answer.done() else [request])
+        elif not batch[0].answer.done():
+            batch[0].answer.set_exception(answers)
+            self.answered += 1
+
+    def _ran(self, batch: Sequence[_Request]) -> Sequence[Any] | Exception:
+        """The answers of a batch, or the error as a value: raised, not every one would arrive."""
+        jobs = [request.job for request in batch]
         try:
             if self._observe is not None:
                 tasks = {name for job in jobs for name in job.tasks}
                 self._observe(sum(len(job.x) for job in jobs), len(tasks))
-            answers = await loop.run_in_executor(self._thread, work.run, jobs)
-            pairs = list(zip(batch, answers, strict=True))
-        except Exception as error:
-            if len(batch) == 1:
-                if not batch[0].answer.done():
-                    batch[0].answer.set_exception(error)
-                    self.answered += 1
-                return
-            for request in batch:
-                await self._run([request] if not request.answer.done() else [])
-        else:
-            for request, answer in pairs:
-                if not request.answer.done():
-                    request.answer.set_result(answer)
-                    self.answered += 1
+            answers = batch[0].work.run(jobs)
+            if len(answers) != len(jobs):
+                raise ValueError(f"Found {len(answers)} answers for {len(jobs)} requests.")
+        except BaseException as error:
+            if isinstance(error, Exception) and not isinstance(error, StopIteration):
+                return error
+            # The one ends loops, and the others end threads, wherever they are raised again.
+            found = RuntimeError(f"A {type(error).__name__} came out of the base or a head.")
+            found.__cause__ = error
+            return found
+        return answers
+
+
+def _let_go(requests: Iterable[_Request]) -> None:
+    for request in requests:
+        if not request.answer.done():
+            request.answer.set_exception(StoppingError("The server gave up before the answer."))

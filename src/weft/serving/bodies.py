@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from typing import final
 
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
@@ -84,18 +86,23 @@ async def form_of(headers: Headers, body: bytes, images: int) -> FormData:
     Raises:
         RequestError: it is malformed.
     """
+    boundary = parse_options_header(headers.get("content-type"))[1].get(b"boundary", b"")
+    if not re.fullmatch(rb"[!-~ ]{1,200}", boundary) or set(boundary) & set(b'"\\'):
+        raise RequestError(400, "malformed", "The form cannot be read: it has no boundary")
+    # Only UTF-8: with a codec of its choice, a request could spell what is no text at all.
+    plain = Headers({"content-type": f'multipart/form-data; boundary="{boundary.decode()}"'})
 
     async def once() -> AsyncGenerator[bytes, None]:
         yield body
 
     parser = MultiPartParser(
-        headers, once(), max_files=images, max_fields=10_000, max_part_size=len(body)
+        plain, once(), max_files=images, max_fields=10_000, max_part_size=len(body)
     )
     parser.spool_max_size = len(body) + 1  # in memory, never on the disk
     try:
         return await parser.parse()
     except (MultiPartException, KeyError, ValueError) as error:
-        reason = error.message if isinstance(error, MultiPartException) else "it has no boundary"
+        reason = error.message if isinstance(error, MultiPartException) else "it is damaged"
         raise RequestError(400, "malformed", f"The form cannot be read: {reason}") from None
 
 

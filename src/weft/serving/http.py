@@ -17,23 +17,28 @@ try:
     import python_multipart  # noqa: F401
     from fastapi import FastAPI, Query, Request
     from fastapi.exceptions import RequestValidationError
-    from fastapi.responses import HTMLResponse, JSONResponse, Response
+    from fastapi.responses import HTMLResponse, Response
     from starlette.exceptions import HTTPException
 except ImportError:
     raise MissingExtra("The HTTP server", "serve") from None
 
 from . import schemas
-from .guard import Guard
+from .guard import Guard, check_same_origin
 from .inputs import FORMATS, Names, RequestError
 from .listing import detail, lines
 from .page import page
+from .responses import Json, refusal
 from .server import Server
-from .service import Service, Settings
+from .service import Service
+from .settings import Settings
 
 log = logging.getLogger("weft.serving")
 
+TOP = 10
+"""Classes of an answer where a request does not say how many."""
+
 Top = Annotated[
-    int | None, Query(ge=1, le=100_000, description="At most so many classes, the best first.")
+    int, Query(ge=1, le=100_000, description="At most so many classes, the best first.")
 ]
 CODES = {404: "not_found", 405: "method_not_allowed"}
 BAD = (400, 401, 408, 413, 415, 422, 500, 503)
@@ -70,6 +75,7 @@ def create_app(server: Server, settings: Settings | None = None) -> FastAPI:
     app.add_middleware(
         Guard,
         token=service.settings.token,
+        hosts=service.settings.hosts,
         metrics=service.metrics,
         closing=lambda: service.closing,
     )
@@ -83,29 +89,25 @@ def create_app(server: Server, settings: Settings | None = None) -> FastAPI:
 def _add_refusals(app: FastAPI, service: Service) -> None:
     def refused(
         status: int, code: str, message: str, headers: dict[str, str] | None = None
-    ) -> JSONResponse:
+    ) -> Json:
         service.metrics.errors.labels(code).inc()
-        return JSONResponse({"error": {"code": code, "message": message}}, status, headers)
+        return refusal(status, code, message, headers)
 
     @app.exception_handler(RequestError)
-    async def _(_: Request, error: RequestError) -> JSONResponse:
+    async def _(_: Request, error: RequestError) -> Json:
         return refused(error.status, error.code, str(error), error.headers)
 
     @app.exception_handler(RequestValidationError)
-    async def _(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def _(_: Request, error: RequestValidationError) -> Json:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"][1:])
         return refused(422, "invalid_input", f"{where}: {first['msg']}.")
 
     @app.exception_handler(HTTPException)
-    async def _(_: Request, error: HTTPException) -> JSONResponse:
+    async def _(_: Request, error: HTTPException) -> Json:
         code = CODES.get(error.status_code, "malformed")
         headers = dict(error.headers or {})
         return refused(error.status_code, code, f"{error.detail}.", headers)
-
-    @app.exception_handler(Exception)
-    async def _(_: Request, __: Exception) -> JSONResponse:  # the log has the traceback
-        return refused(500, "internal", "The server failed; its log says why.")
 
 
 def _add_predictions(app: FastAPI, service: Service) -> None:
@@ -120,7 +122,7 @@ def _add_predictions(app: FastAPI, service: Service) -> None:
         responses=schemas.problems(404, *BAD),
         openapi_extra=body(Names.NONE),
     )
-    async def predict(task: str, request: Request, top: Top = None) -> Response:
+    async def predict(task: str, request: Request, top: Top = TOP) -> Response:
         """One task on one row or several: numbers as JSON, or images."""
         start = time.perf_counter()
         service.check_task(task)
@@ -134,7 +136,7 @@ def _add_predictions(app: FastAPI, service: Service) -> None:
         responses=schemas.problems(404, *BAD),
         openapi_extra=body(Names.PER_ROW),
     )
-    async def predict_rows(request: Request, top: Top = None) -> Response:
+    async def predict_rows(request: Request, top: Top = TOP) -> Response:
         """A task of its own for each row."""
         start = time.perf_counter()
         given = await service.read(request, Names.PER_ROW)
@@ -147,18 +149,19 @@ def _add_predictions(app: FastAPI, service: Service) -> None:
         responses=schemas.problems(404, *BAD),
         openapi_extra=body(Names.OPTIONAL),
     )
-    async def predict_all(request: Request, top: Top = None) -> Response:
+    async def predict_all(request: Request, top: Top = TOP) -> Response:
         """Several tasks on the same rows; all of them if none are named."""
         start = time.perf_counter()
         given = await service.read(request, Names.OPTIONAL)
         tasks = service.server.task_names if given.tasks is None else given.tasks
         tasks = tuple(dict.fromkeys(tasks))
+        service.check_answers(len(given.x), len(tasks))
         found = await service.run(request, service.every, given.x, tasks)
         return answered(await service.plain(found, top), start)
 
-    def answered(answers: list[Any], start: float) -> JSONResponse:
+    def answered(answers: list[Any], start: float) -> Json:
         milliseconds = round(1000 * (time.perf_counter() - start), 3)
-        return JSONResponse({"answers": answers, "milliseconds": milliseconds})
+        return Json({"answers": answers, "milliseconds": milliseconds})
 
 
 def _add_tasks(app: FastAPI, service: Service) -> None:
@@ -177,7 +180,7 @@ def _add_tasks(app: FastAPI, service: Service) -> None:
         names = [n for n in server.task_names if match.casefold() in n.casefold()]
         part = names[offset : offset + limit]
         found = await asyncio.to_thread(lines, server, part)
-        return JSONResponse({"tasks": found, "total": len(names), "offset": offset})
+        return Json({"tasks": found, "total": len(names), "offset": offset})
 
     @app.get(
         "/v1/tasks/{task}",
@@ -187,15 +190,16 @@ def _add_tasks(app: FastAPI, service: Service) -> None:
     async def one_task(task: str) -> Response:
         """One task, with its classes and what it owns layer by layer."""
         service.check_task(task)
-        return JSONResponse(await asyncio.to_thread(detail, server, task))
+        return Json(await asyncio.to_thread(detail, server, task))
 
     @app.post(
         "/v1/refresh",
         response_model=schemas.Refreshed,
         responses=schemas.problems(401, 500, 503),
     )
-    async def refresh() -> Response:
+    async def refresh(request: Request) -> Response:
         """Look at the bank again for new, changed and removed tasks."""
+        check_same_origin(request.headers)
         try:
             found = await asyncio.to_thread(server.refresh)
         except Exception as error:
@@ -203,7 +207,7 @@ def _add_tasks(app: FastAPI, service: Service) -> None:
             message = "The bank cannot be read at present."
             after = {"Retry-After": "30"}
             raise RequestError(503, "task_unavailable", message, after) from error
-        return JSONResponse(
+        return Json(
             {
                 "added": list(found.added),
                 "removed": list(found.removed),
@@ -216,16 +220,17 @@ def _add_tasks(app: FastAPI, service: Service) -> None:
         """What is served, and what requests may bring."""
         settings = service.settings
         spec, limits = settings.inputs, settings.limits
-        return JSONResponse(
+        return Json(
             {
                 "tasks": len(server.task_names),
                 "base": base,
                 "input_shape": None if spec.shape is None else list(spec.shape),
                 "input_type": spec.dtype,
-                "image_types": [] if spec.preprocessing is None else list(FORMATS),
+                "image_types": list(FORMATS) if spec.reads_images else [],
                 "max_rows": settings.max_batch,
                 "max_body": limits.body,
                 "max_pixels": limits.pixels,
+                "max_answers": settings.max_answers,
                 "half": server.half,
             }
         )
@@ -234,22 +239,26 @@ def _add_tasks(app: FastAPI, service: Service) -> None:
 def _add_state(app: FastAPI, service: Service) -> None:
     html, policy = page()
 
+    @app.head("/", include_in_schema=False)
     @app.get("/", response_class=HTMLResponse, responses=schemas.problems(500))
     async def index() -> Response:
         """The page to try it."""
         return HTMLResponse(html, headers={"content-security-policy": policy})
 
+    @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz", response_model=schemas.Status, responses=schemas.problems(500))
     async def healthz() -> Response:
         """Whether the process is alive."""
-        return JSONResponse({"status": "ok"})
+        return Json({"status": "ok"})
 
+    @app.head("/readyz", include_in_schema=False)
     @app.get("/readyz", response_model=schemas.Status, responses=schemas.problems(500, 503))
     async def readyz() -> Response:
         """Whether requests are taken."""
-        if service.batcher is None or service.closing:
+        service.running()
+        if service.closing:
             raise RequestError(503, "stopping", "The server is stopping.", {"Retry-After": "5"})
-        return JSONResponse({"status": "ready"})
+        return Json({"status": "ready"})
 
     @app.get(
         "/metrics",

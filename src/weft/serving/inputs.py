@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from io import BytesIO
 from typing import Any, NoReturn, final
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from weft.data import Preprocessing
-from weft.data.images import pixels_of
 from weft.errors import DataError, WeftError
 
 FORMATS = {
@@ -39,6 +37,12 @@ class Names(Enum):
 
 
 _DTYPES = {"float32": torch.float32, "int64": torch.int64}
+
+ROW = 100_000_000
+"""Numbers that one row may have."""
+
+IMAGES = 4
+"""All images of a request may have so many times the pixels of one."""
 
 
 class RequestError(WeftError):
@@ -67,7 +71,8 @@ class Limits:
 
     Args:
         body: bytes of a request's body.
-        pixels: of an image, width times height, before it is decoded.
+        pixels: of an image, width times height, before it is decoded; all images of a request
+            may have `IMAGES` times as many.
         numbers: in a JSON body.
         body_seconds: for a body to arrive.
     """
@@ -88,11 +93,11 @@ class InputSpec:
             row without the axis of rows, and a refusal of wrong shapes before the base sees them.
         dtype: "float32", or "int64" for bases that read whole numbers.
         image_size: side of the square that uploaded images are cut and resized to; None to keep
-            their size.
+            their size, which then has to be that of ``shape``.
         preprocessing: how pixels become inputs; None if the base does not read images.
 
     Raises:
-        DataError: an unknown dtype.
+        DataError: an unknown dtype, or a shape that no row can have.
     """
 
     shape: tuple[int, ...] | None = None
@@ -103,11 +108,32 @@ class InputSpec:
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
             raise DataError(f"Inputs are of {' or '.join(_DTYPES)}, found '{self.dtype}'.")
+        if self.shape is not None:
+            check_shape(self.shape)
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether images are taken: what they cost is known only where their size is."""
+        sized = self.image_size is not None or (self.shape is not None and len(self.shape) == 3)
+        return self.preprocessing is not None and sized
 
     @property
     def channels(self) -> int:
         """Channels of the images that the base reads."""
         return 3 if self.shape is None else self.shape[0]
+
+
+def check_shape(shape: Sequence[int]) -> None:
+    """Refuse what no row's shape is.
+
+    Raises:
+        DataError: sizes below 1, or very many numbers.
+    """
+    if min(shape, default=1) < 1 or math.prod(shape) > ROW:
+        raise DataError(
+            f"A row has the shape {list(shape)}; expected sizes of 1 and more, and up to {ROW:,} "
+            "numbers."
+        )
 
 
 @final
@@ -188,61 +214,6 @@ class InputReader:
         if not tensor.isfinite().all():
             raise invalid("'inputs' has numbers outside the range of 32 bits.")
         return tensor
-
-    def image(self, data: bytes) -> Tensor:
-        """One row from an encoded image.
-
-        Args:
-            data: the file's bytes.
-
-        Returns:
-            (1, channels, height, width), scaled as the base expects.
-
-        Raises:
-            RequestError: no image, one with too many pixels, or the base reads none.
-        """
-        if self.spec.preprocessing is None:
-            raise RequestError(
-                415, "unsupported_media_type", "This base does not read images; send JSON."
-            )
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                with Image.open(BytesIO(data), formats=tuple(FORMATS.values())) as opened:
-                    self._check_size(*opened.size)
-                    pixels = pixels_of(opened, self.spec.image_size)
-        except RequestError:
-            raise
-        except Image.DecompressionBombError:
-            raise self._too_many_pixels("very many") from None
-        except Exception:  # decoders raise many types on damaged bytes
-            raise invalid(
-                f"The image cannot be read; expected a whole file of {', '.join(FORMATS)}."
-            ) from None
-        if self.spec.channels == 1:
-            pixels = np.asarray(Image.fromarray(pixels).convert("L"))[:, :, None]
-        images = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
-        try:
-            row = self.spec.preprocessing(images)
-        except DataError as error:
-            raise invalid(str(error)) from None
-        shape = self.spec.shape
-        if shape is not None and tuple(row.shape[1:]) != shape:
-            raise invalid(
-                f"The image gives inputs of shape {list(row.shape[1:])}; expected {list(shape)}."
-            )
-        return row.contiguous()
-
-    def _check_size(self, width: int, height: int) -> None:
-        if width * height > self.limits.pixels:
-            raise self._too_many_pixels(f"{width} x {height}")
-
-    def _too_many_pixels(self, found: str) -> RequestError:
-        return RequestError(
-            413,
-            "too_large",
-            f"The image has {found} pixels; up to {self.limits.pixels:,} are decoded.",
-        )
 
 
 def invalid(message: str) -> RequestError:

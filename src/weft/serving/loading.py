@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any, final
 
 import torch
@@ -14,7 +14,6 @@ from weft.bank.checking import well_formed
 from weft.core.model import MultiTaskModel
 from weft.core.sites import named_tensors
 from weft.core.state import TaskState
-from weft.core.subset import subset
 from weft.core.task import Task
 from weft.errors import BankError
 
@@ -55,6 +54,8 @@ class TaskLoader:
         there = next((t.device for _, t in named_tensors(base)), torch.device("cpu"))
         self.device = there if device is None else torch.device(device)
         self._models: dict[str | None, MultiTaskModel] = {}  # by shared state; they hold no tasks
+        # By task, the stamp and the shared state of what was read last.
+        self._shared: dict[str, tuple[tuple[int, ...], str | None]] = {}
         self._lock = threading.Lock()
 
     def read(self, task: str, *, half: bool) -> Resident:
@@ -82,15 +83,34 @@ class TaskLoader:
             if self._bank.stamp(task) != stamp:
                 raise BankError(f"'{task}' was saved again while it was read. Ask for it again.")
             self._models[key] = model
+            self._shared[task] = stamp, key
+            self._release_models()
             if half:
                 halve(state)
-        return Resident(state, key, bytes_of(state), stamp)
+        return Resident(state, model, bytes_of(state), stamp)
 
-    def model(self, residents: Mapping[str, Resident]) -> MultiTaskModel:
-        """A model with these tasks, which have one shared state."""
-        shared = next((r.shared for r in residents.values()), None)
-        states = {name: resident.state for name, resident in residents.items()}
-        return subset(self._models[shared], states)
+    def refresh(self, listed: Container[str]) -> None:
+        """Let go of shared states that tasks had which are gone or have been saved again.
+
+        Args:
+            listed: the tasks of the bank.
+        """
+        with self._lock:
+            for task, (stamp, _) in list(self._shared.items()):
+                if task not in listed or self._moved(task, stamp):
+                    del self._shared[task]
+            self._release_models()
+
+    def _moved(self, task: str, stamp: tuple[int, ...]) -> bool:
+        try:
+            return self._bank.stamp(task) != stamp
+        except BankError:
+            return True
+
+    def _release_models(self) -> None:
+        """Drop the models of shared states that no task refers to; forwards under way have them."""
+        used = {None, *(key for _, key in self._shared.values())}
+        self._models = {key: model for key, model in self._models.items() if key in used}
 
     def _new_model(self, task: str) -> MultiTaskModel:
         model = self._bank.load(

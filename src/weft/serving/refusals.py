@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-from weft.errors import WeftError
+from weft.errors import BankError, WeftError
 
 
 class NoRoomError(WeftError, RuntimeError):
     """Tasks do not fit into the memory that a server may use for what tasks own."""
+
+
+class LoadError(BankError):
+    """A task cannot be loaded.
+
+    Args:
+        task: its name.
+        why: what is wrong with it.
+    """
+
+    def __init__(self, task: str, why: str) -> None:
+        super().__init__(why)
+        self.task = task
 
 
 class OverloadedError(WeftError, RuntimeError):

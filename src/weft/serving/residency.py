@@ -6,14 +6,15 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import final
 
+from weft.core.model import MultiTaskModel
 from weft.core.state import TaskState
 from weft.errors import BankError
 
-from .refusals import NoRoomError
+from .refusals import LoadError, NoRoomError
 
 
 @final
@@ -23,15 +24,19 @@ class Resident:
 
     Args:
         state: what a model holds for it.
-        shared: the shared state that it runs on; None for the base alone.
+        model: one without tasks, of the shared state that it runs on.
         size: bytes of its own tensors and its head.
         stamp: of the bundle that it was loaded from.
     """
 
     state: TaskState
-    shared: str | None
+    model: MultiTaskModel
     size: int
     stamp: tuple[int, ...]
+
+
+class _LargerError(NoRoomError):
+    """A task is larger than was expected; what it takes is known now."""
 
 
 @final
@@ -55,7 +60,7 @@ class Residency:
 
     Args:
         load: reads a task.
-        estimate: how many bytes a task will take; read once per absence.
+        estimate: how many bytes a task will take; what it took when it was loaded counts more.
         max_bytes: for all tasks together; None for no bound.
     """
 
@@ -102,23 +107,49 @@ class Residency:
             found = {n: p.arrived for n, p in self._places.items() if _is_there(p)}
         return {name: arrived.result().stamp for name, arrived in found.items()}
 
-    def parts(self, names: Sequence[str]) -> list[list[str]]:
-        """Tasks in groups of which each fits into memory, in their order."""
-        groups: list[list[str]] = []
-        with self._changed:
-            room = 0 if self._max is None else self._max - self._pinned_size(())
-            pinned = self._pinned.intersection(self._places)
-        taken = 0
-        for name in names:
-            size = 0 if name in pinned else self._size_of(name)
-            if not groups or (self._max is not None and taken + size > room):
-                groups.append([])
-                taken = 0
-            groups[-1].append(name)
-            taken += size
-        return groups
-
     # ---------------------------------------------------------------- leasing
+
+    def leases(self, names: Iterable[str]) -> Iterator[dict[str, Resident]]:
+        """Lease tasks part by part, in their order, in each as many as fit together.
+
+        Args:
+            names: the tasks; repetitions do not matter.
+
+        Yields:
+            The tasks of a part, leased until the next one is asked for.
+
+        Raises:
+            NoRoomError: a task does not fit.
+            BankError: a task cannot be loaded.
+        """
+        waiting = list(dict.fromkeys(names))
+        while waiting:
+            part = self._fitting(waiting)
+            with ExitStack() as held:
+                try:
+                    residents = held.enter_context(self.lease(part))
+                except NoRoomError:  # if they turned out to be larger, fewer of them may fit
+                    fewer = self._fitting(waiting)
+                    if len(fewer) >= len(part):
+                        raise
+                    residents = held.enter_context(self.lease(fewer))
+                yield residents
+            waiting = waiting[len(residents) :]
+
+    def _fitting(self, names: Sequence[str]) -> list[str]:
+        """The first of these tasks, as many as fit together; at least one."""
+        if self._max is None:
+            return list(names)
+        with self._changed:
+            room = self._max - self._pinned_size(())
+            pinned = self._pinned.intersection(self._places)
+        found: list[str] = []
+        for name in names:
+            room -= 0 if name in pinned else self._size_of(name)
+            if found and room < 0:
+                break
+            found.append(name)
+        return found
 
     @contextmanager
     def lease(self, names: Iterable[str]) -> Iterator[dict[str, Resident]]:
@@ -132,17 +163,14 @@ class Residency:
             BankError: a task cannot be loaded.
         """
         wanted = list(dict.fromkeys(names))
-        places, missing = self._reserve(wanted)
         try:
-            self._fill({name: places[name] for name in missing})
-            yield {name: place.arrived.result() for name, place in places.items()}
+            places, residents = self._arrived(wanted)
+        except _LargerError:  # with what they take, they have room, or an error that says it all
+            places, residents = self._arrived(wanted)
+        try:
+            yield residents
         finally:
-            with self._changed:
-                for place in places.values():
-                    place.uses -= 1
-                    if place.gone and not place.uses:
-                        self._bytes -= place.size
-                self._changed.notify_all()
+            self._release(places)
 
     def pin(self, names: Iterable[str]) -> None:
         """Load tasks and keep them.
@@ -162,16 +190,36 @@ class Residency:
             self._pinned = self._pinned.difference(names)
 
     def drop(self, names: Iterable[str]) -> None:
-        """Load these tasks anew at their next use; forwards under way end with what they have."""
+        """Load these tasks anew at their next use; forwards under way end with what they have.
+
+        What absent tasks took when they were in memory is forgotten as well.
+        """
         with self._changed:
             for name in names:
-                self._sizes.pop(name, None)
                 place = self._places.pop(name, None)
                 if place is not None:
                     self._let_go(place)
+            self._sizes = {n: s for n, s in self._sizes.items() if n in self._places}
             self._changed.notify_all()
 
     # ---------------------------------------------------------------- inside
+
+    def _arrived(self, wanted: Sequence[str]) -> tuple[dict[str, _Place], dict[str, Resident]]:
+        places, missing = self._reserve(wanted)
+        try:
+            self._fill({name: places[name] for name in missing})
+            return places, {name: place.arrived.result() for name, place in places.items()}
+        except BaseException:
+            self._release(places)
+            raise
+
+    def _release(self, places: Mapping[str, _Place]) -> None:
+        with self._changed:
+            for place in places.values():
+                place.uses -= 1
+                if place.gone and not place.uses:
+                    self._bytes -= place.size
+            self._changed.notify_all()
 
     def _reserve(self, wanted: Sequence[str]) -> tuple[dict[str, _Place], list[str]]:
         sizes = {name: self._size_of(name) for name in wanted}  # reads, so not under the lock
@@ -191,7 +239,8 @@ class Residency:
     def _size_of(self, name: str) -> int:
         size = self._sizes.get(name)
         if size is None:
-            size = self._sizes[name] = self._estimate(name)
+            with _named(name):
+                size = self._sizes[name] = self._estimate(name)
         return size
 
     def _made_room(self, wanted: Mapping[str, int]) -> bool:
@@ -207,9 +256,10 @@ class Residency:
         pinned = self._pinned_size(wanted)
         if there + missing + pinned > self._max:
             beside = f" beside {pinned:,} bytes of pinned tasks" if pinned else ""
+            advice = "Ask for fewer tasks at once, or raise" if len(wanted) > 1 else "Raise"
             raise NoRoomError(
                 f"{_counted(wanted)} {there + missing:,} bytes{beside}; the server may hold "
-                f"max_bytes={self._max:,}. Ask for fewer tasks at once, or raise max_bytes."
+                f"max_bytes={self._max:,}. {advice} max_bytes."
             )
         return self._free(self._bytes + missing - self._max, wanted)
 
@@ -243,7 +293,8 @@ class Residency:
         try:
             for name, place in places.items():
                 try:
-                    resident = self._load(name)
+                    with _named(name):
+                        resident = self._load(name)
                     with self._changed:
                         self._settle(name, place, resident.size)
                 except Exception as error:
@@ -254,13 +305,14 @@ class Residency:
             for name, place in places.items():
                 if not place.arrived.done():  # Ctrl+C, for instance
                     why = f"Loading '{name}' was interrupted. Ask for it again."
-                    self._fail(name, place, BankError(why))
+                    self._fail(name, place, LoadError(name, why))
 
     def _fail(self, name: str, place: _Place, error: Exception) -> None:
         with self._changed:
             if self._places.get(name) is place:
                 del self._places[name]
-            self._sizes.pop(name, None)
+            if not isinstance(error, _LargerError):
+                self._sizes.pop(name, None)
             place.gone = True  # its room is free when the last one that waits has gone
         place.arrived.set_exception(error)
 
@@ -268,18 +320,28 @@ class Residency:
         """Take the true size of a task in place of the estimate.
 
         Raises:
-            NoRoomError: it is larger, and there is no room for the rest.
+            NoRoomError: it is larger, and there is no room for the rest at once.
         """
+        self._sizes[name] = size
         more = size - place.size
         limit = self._bytes + more if self._max is None else self._max
         if more > 0 and not self._free(self._bytes + more - limit, (name,)):
-            raise NoRoomError(
+            raise _LargerError(
                 f"'{name}' takes {size:,} bytes, {more:,} more than expected, and tasks in use "
                 f"leave no room for them within max_bytes={limit:,}. Try again."
             )
         self._bytes += more
-        self._sizes[name] = place.size = size
+        place.size = size
         self.loads += 1
+
+
+@contextmanager
+def _named(task: str) -> Iterator[None]:
+    """Say of which task the bank complains."""
+    try:
+        yield
+    except BankError as error:
+        raise LoadError(task, str(error)) from error
 
 
 def _is_there(place: _Place) -> bool:

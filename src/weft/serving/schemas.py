@@ -107,6 +107,7 @@ class ServerInfo(BaseModel):
     max_rows: int
     max_body: int
     max_pixels: int
+    max_answers: int = Field(description="Rows times tasks of one request.")
     half: bool
 
 
@@ -127,6 +128,7 @@ class Status(BaseModel):
 PROBLEMS = {
     400: "The body is malformed.",
     401: "The token is missing or wrong.",
+    403: "The request comes from another site, or by a name that is not the server's.",
     404: "There is no such task.",
     405: "The method is not allowed here.",
     408: "The body took too long to arrive.",
@@ -141,7 +143,7 @@ PROBLEMS = {
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The responses of an operation that are not its answer."""
     found: dict[int | str, dict[str, Any]] = {}
-    for status in statuses:
+    for status in (403, *statuses):
         found[status] = {"model": ErrorAnswer, "description": PROBLEMS[status]}
         if status == 503:
             after = {"description": "Seconds to wait.", "schema": {"type": "string"}}
@@ -166,7 +168,7 @@ def body_schema(spec: InputSpec, max_rows: int, names: Names) -> dict[str, Any]:
         "additionalProperties": False,
     }
     content: dict[str, Any] = {"application/json": {"schema": document}}
-    if spec.preprocessing is not None and names is not Names.PER_ROW:
+    if spec.reads_images and names is not Names.PER_ROW:
         file = {"type": "string", "format": "binary"}
         files = {"type": "array", "items": file, "minItems": 1, "maxItems": max_rows}
         form = {

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, final
 
@@ -14,32 +14,16 @@ from torch.utils import _pytree as pytree
 
 from weft.bank import Bank
 from weft.core.ledger import Ledger
-from weft.core.rows import Arguments, Rows, call_arguments, chosen_tasks, count_rows
+from weft.core.rows import Arguments, Rows, call_arguments, count_rows
 from weft.core.task import Task
-from weft.errors import BankError, TaskError, close_matches
 
 from .answers import Answer
-from .catalogue import Catalogue, Summary
-from .forwards import every_task, row_by_row, run
+from .catalogue import Summary
+from .directory import Changes, Directory
+from .forwards import every_task, model_of, row_by_row, run
 from .halving import halve, relative_error
 from .loading import Output, TaskLoader
 from .residency import Residency, Resident
-
-
-@final
-@dataclass(frozen=True)
-class Changes:
-    """What a bank has that a server did not know.
-
-    Args:
-        added: new tasks.
-        removed: tasks that are gone.
-        changed: tasks in memory that have been saved again.
-    """
-
-    added: tuple[str, ...]
-    removed: tuple[str, ...]
-    changed: tuple[str, ...]
 
 
 @final
@@ -95,24 +79,24 @@ class Server:
             output=output,
             device=device,
         )
-        self._catalogue = Catalogue(bank)
         self._residency = Residency(self._load, self._estimate, max_bytes)
+        self._refreshing = threading.Lock()
         bank.check_base(base)
-        self._names = dict.fromkeys(bank.tasks())
+        self._tasks = Directory(bank)
         self.pin(*pinned)
 
     def __repr__(self) -> str:
-        return f"Server({self.bank.path}, tasks={len(self._names)}, resident={len(self.resident)})"
+        return f"Server({self.bank.path}, tasks={len(self._tasks)}, resident={len(self.resident)})"
 
     def __contains__(self, task: object) -> bool:
-        return task in self._names
+        return task in self._tasks
 
     # ---------------------------------------------------------------- looking
 
     @property
     def task_names(self) -> tuple[str, ...]:
         """The tasks of the bank, in the order in which they were first saved."""
-        return tuple(self._names)
+        return self._tasks.names
 
     @property
     def resident(self) -> tuple[str, ...]:
@@ -151,7 +135,7 @@ class Server:
             TaskError: no such task.
             BankError: its document is damaged or gone.
         """
-        return self._catalogue[self._known(task)]
+        return self._tasks.summary(self._known(task))
 
     def ledger(self, task: str) -> Ledger:
         """What a task owns, shares and costs, without loading it.
@@ -187,11 +171,11 @@ class Server:
             BankError: a task cannot be loaded.
         """
         batch = call_arguments(inputs, kwargs)
-        names = self._chosen(task, count_rows(*batch))
+        names = self._tasks.chosen(task, count_rows(*batch))
         with self._leased([names] if isinstance(names, str) else names) as residents:
             if isinstance(names, str):
-                return run(self._loader.model(residents), batch, names, context)
-            return row_by_row(self._loader, residents, batch, names, context)
+                return run(model_of(residents), batch, names, context)
+            return row_by_row(residents, batch, names, context)
 
     def predict_all(
         self,
@@ -244,15 +228,14 @@ class Server:
             NoRoomError: a task does not fit into ``max_bytes``.
             BankError: a task cannot be loaded.
         """
-        names = self._chosen(tasks, len(x))
+        names = self._tasks.chosen(tasks, len(x))
         found: dict[int, Answer] = {}
-        for part in self._residency.parts(tuple(dict.fromkeys(names))):
-            these = set(part)
-            places = [i for i, name in enumerate(names) if name in these]
+        for residents in self._residency.leases(names):
+            places = [i for i, name in enumerate(names) if name in residents]
             mine = [names[i] for i in places]
             rows = x if len(mine) == len(names) else x[places]
-            with self._leased(part) as residents:
-                outputs = row_by_row(self._loader, residents, ((rows,), {}), mine, None)
+            with torch.inference_mode():
+                outputs = row_by_row(residents, ((rows,), {}), mine, None)
                 for place, name, output in zip(places, mine, outputs, strict=True):
                     found[place] = Answer(name, residents[name].state.task, output)
         return [found[i] for i in range(len(names))]
@@ -304,7 +287,7 @@ class Server:
             BankError: the task cannot be loaded.
         """
         resident = self._loader.read(self._known(task), half=False)
-        model = self._loader.model({task: resident})
+        model = model_of({task: resident})
         with torch.inference_mode():
             exact = model(*inputs, task=task, context=context, **kwargs)
         halve(resident.state)
@@ -353,19 +336,14 @@ class Server:
             What has changed.
 
         Raises:
-            BankError: there is no bank any more.
+            BankError: there is no bank any more; then all stays as it is.
         """
-        before, names = self._names, dict.fromkeys(self.bank.tasks())
-        removed = tuple(name for name in before if name not in names)
-        stamps = self._residency.stamps()
-        changed = [n for n, stamp in stamps.items() if n in names and self._moved(n, stamp)]
-        self._names = names
-        self._residency.unpin(removed)
-        self._residency.drop([*removed, *changed])
-        for name in removed:
-            self._catalogue.forget(name)
-        added = tuple(name for name in names if name not in before)
-        return Changes(added, removed, tuple(changed))
+        with self._refreshing:
+            found = self._tasks.look(self._residency.stamps())
+            self._residency.unpin(found.removed)
+            self._residency.drop([*found.removed, *found.changed])
+            self._loader.refresh(self._tasks)
+        return found
 
     # ---------------------------------------------------------------- inside
 
@@ -373,9 +351,10 @@ class Server:
         self, names: Sequence[str], batch: Arguments, context: Mapping[str, Any] | None
     ) -> Iterator[tuple[dict[str, Resident], dict[str, Any]]]:
         """Tasks on one input, in parts that fit into memory; each with its outputs."""
-        for part in self._residency.parts(tuple(dict.fromkeys(names))):
-            with self._leased(part) as residents:
-                yield residents, every_task(self._loader, residents, batch, context)
+        for residents in self._residency.leases(names):
+            with torch.inference_mode():
+                outputs = every_task(residents, batch, context)
+            yield residents, outputs
 
     @contextmanager
     def _leased(self, names: Iterable[str]) -> Iterator[dict[str, Resident]]:
@@ -383,28 +362,10 @@ class Server:
             yield residents
 
     def _known(self, task: str) -> str:
-        names = self._names
-        if task in names:
-            return task
-        raise TaskError(
-            f"There is no task '{task}' among the {len(names)} of {self.bank.path}."
-            + close_matches(str(task), names)
-        )
-
-    def _chosen(self, task: Rows, rows: int) -> str | list[str]:
-        for name in [task] if isinstance(task, str) else task if isinstance(task, Sequence) else ():
-            if isinstance(name, str):
-                self._known(name)
-        return task if isinstance(task, str) else chosen_tasks(task, self.task_names, rows)
-
-    def _moved(self, task: str, stamp: tuple[int, ...]) -> bool:
-        try:
-            return self.bank.stamp(task) != stamp
-        except BankError:  # its bundle is being replaced, or is damaged: look at the next use
-            return True
+        return self._tasks.known(task)
 
     def _estimate(self, task: str) -> int:
-        summary = self._catalogue[task]
+        summary = self._tasks.summary(task)
         return summary.half_size if self.half else summary.size
 
     def _load(self, task: str) -> Resident:

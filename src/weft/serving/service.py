@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar, final
 
@@ -17,45 +17,26 @@ from torch import Tensor
 from weft.errors import BankError, DataError, TaskError, close_matches
 
 from .answers import Answer, plain_answer
-from .batcher import Batcher, EveryTask, TaskPerRow, Work
+from .batcher import Batcher
 from .bodies import BodyReader, files_of, form_of
-from .inputs import FORMATS, InputReader, InputSpec, Limits, Names, RequestError, invalid
+from .inputs import FORMATS, InputReader, Names, RequestError, invalid
 from .metrics import Metrics
-from .refusals import NoRoomError, OverloadedError, StoppingError
+from .pictures import ImageReader
+from .refusals import LoadError, NoRoomError, OverloadedError, StoppingError
 from .server import Server
+from .settings import Settings
+from .work import EveryTask, TaskPerRow, Work
 
 log = logging.getLogger("weft.serving")
 T = TypeVar("T")
+
+FORM = "multipart/form-data"
 
 SMALL = 100_000
 """Bytes of JSON that are read on the event loop; what is larger is read in a thread."""
 
 MANY = 64
 """Answers that are written on the event loop; more are written in a thread."""
-
-
-@final
-@dataclass(frozen=True)
-class Settings:
-    """How a server answers over HTTP.
-
-    Args:
-        inputs: what the base takes.
-        limits: what a request may cost.
-        max_batch: rows in a batch, and so in a request.
-        max_delay: milliseconds that a request waits for others.
-        max_queue: requests that may wait.
-        mixed: whether rows of different tasks run in one batch.
-        token: asked for as ``Authorization: Bearer``; None for no token.
-    """
-
-    inputs: InputSpec = field(default_factory=InputSpec)
-    limits: Limits = field(default_factory=Limits)
-    max_batch: int = 32
-    max_delay: float = 5.0
-    max_queue: int = 256
-    mixed: bool = True
-    token: str | None = None
 
 
 @final
@@ -88,6 +69,7 @@ class Service:
         self.per_row = TaskPerRow(server, mixed=settings.mixed)
         self.every = EveryTask(server)
         self._reader = InputReader(settings.inputs, settings.limits)
+        self._images = ImageReader(settings.inputs, settings.limits)
         self._bodies = BodyReader(settings.limits)
         self._threads = ThreadPoolExecutor(2, "weft-read")
         self._reading = 0
@@ -104,10 +86,16 @@ class Service:
             max_batch=settings.max_batch,
             max_delay=settings.max_delay,
             max_queue=settings.max_queue,
+            max_queue_bytes=settings.max_queue_bytes,
             observe=self.metrics.batch,
         )
         self.metrics.watch(self.batcher)
         self.batcher.start()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is being read, waits, or runs."""
+        return self._reading > 0 or (self.batcher is not None and self.batcher.busy)
 
     async def stop(self) -> None:
         """Finish what was accepted."""
@@ -131,21 +119,27 @@ class Service:
             RequestError: it cannot be used.
         """
         media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        images = self.settings.inputs.preprocessing is not None and names is not Names.PER_ROW
-        taken = ["application/json", *(["multipart/form-data", *FORMATS] if images else [])]
+        images = self.settings.inputs.reads_images and names is not Names.PER_ROW
+        if not images and names is not Names.PER_ROW and (media in FORMATS or media == FORM):
+            raise self._images.refusal()
+        taken = ["application/json", *([FORM, *FORMATS] if images else [])]
         if media not in taken:
             message = f"Bodies of type '{media[:80]}' are not taken; send {', '.join(taken)}."
             raise RequestError(415, "unsupported_media_type", message)
-        batcher = self._running()
+        batcher = self.running()
         async with self._bodies.body(request) as body:
-            if max(batcher.waiting, self._reading) >= self.settings.max_queue:
-                raise _overloaded(f"{batcher.waiting} requests are waiting already.")
+            try:
+                batcher.check_room()
+            except OverloadedError as error:
+                raise _overloaded(str(error)) from None
+            if self._reading >= self.settings.max_queue:
+                raise _overloaded(f"{self._reading} bodies are being read. Try again later.")
             if media == "application/json":
                 given = await self._in_thread(len(body), partial(self._from_json, body, names))
-            elif media == "multipart/form-data":
+            elif media == FORM:
                 given = await self._from_form(request, body, names)
             else:
-                row = await self._in_thread(None, partial(self._reader.image, body))
+                row = await self._in_thread(None, partial(self._images.rows, [body]))
                 given = Given(row, None)
         if len(given.x) > self.settings.max_batch:
             raise invalid(
@@ -183,12 +177,11 @@ class Service:
         files = await files_of(form, "image")
         if not files or len(files) != len(form.getlist("image")):
             raise invalid("The form has one or more files in the field 'image'.")
-        rows = [await self._in_thread(None, partial(self._reader.image, file)) for file in files]
-        shapes = {tuple(row.shape[1:]) for row in rows}
-        if len(shapes) > 1:
-            raise invalid(f"The images differ in size: {' and '.join(map(str, sorted(shapes)))}.")
-        tasks = tuple(str(value) for value in form.getlist("tasks"))
-        return Given(torch.cat(rows), tasks or None)
+        tasks = form.getlist("tasks")
+        if not all(isinstance(task, str) for task in tasks):
+            raise invalid("The field 'tasks' of the form is a task's name, not a file.")
+        rows = await self._in_thread(None, partial(self._images.rows, files))
+        return Given(rows, tuple(map(str, tasks)) or None)
 
     async def _in_thread(self, size: int | None, work: Callable[[], T]) -> T:
         if size is not None and size <= SMALL:
@@ -221,13 +214,26 @@ class Service:
             hint = close_matches(name, names) if len(name) <= 200 and len(names) <= 2000 else ""
             raise RequestError(404, "unknown_task", f"There is no task '{name[:200]}'.{hint}")
 
+    def check_answers(self, rows: int, tasks: int) -> None:
+        """Refuse what would be a very long answer.
+
+        Raises:
+            RequestError: says what may be asked for.
+        """
+        if rows * tasks > self.settings.max_answers:
+            raise invalid(
+                f"{rows:,} rows and {tasks:,} tasks are {rows * tasks:,} answers; up to "
+                f"{self.settings.max_answers:,} may be asked for at once. Name fewer tasks, or "
+                "send fewer rows."
+            )
+
     async def run(self, request: Request, work: Work, x: Tensor, tasks: Sequence[str]) -> Any:
         """Have a request run in a batch; if its connection ends before, it is dropped.
 
         Raises:
             RequestError: it did not run.
         """
-        running = asyncio.ensure_future(self._running().submit(work, x, tasks))
+        running = asyncio.ensure_future(self.running().submit(work, x, tasks))
         leaving = asyncio.ensure_future(_disconnected(request))
         try:
             await asyncio.wait({running, leaving}, return_when=asyncio.FIRST_COMPLETED)
@@ -257,12 +263,27 @@ class Service:
             leaving.cancel()
 
     def _unavailable(self, error: BaseException, tasks: Sequence[str]) -> RequestError:
-        """The refusal for a task that cannot run now; paths stay in the log."""
+        """The refusal for tasks that cannot run now; paths stay in the log."""
         log.error("%s: %s", ", ".join(dict.fromkeys(tasks)), error)
-        told = str(error) if isinstance(error, NoRoomError) else "It cannot be loaded at present."
+        if isinstance(error, NoRoomError):
+            told = str(error)
+        elif isinstance(error, LoadError):
+            told = f"The task '{error.task}' cannot be loaded at present."
+        elif isinstance(error, BankError):
+            told = "The bank cannot be read at present."
+        else:
+            told = "There is not enough memory for this at present."
         return RequestError(503, "task_unavailable", told, {"Retry-After": "30"})
 
-    def _running(self) -> Batcher:
+    def running(self) -> Batcher:
+        """What runs requests.
+
+        Raises:
+            RequestError: nothing does, now or any more.
+        """
+        if self.batcher is not None and self.batcher.failed:
+            message = "Requests are not run any more. The server has to be started again."
+            raise RequestError(503, "failed", message, {"Retry-After": "30"})
         if self.batcher is None or self.stopping:
             message = "The server is not taking requests."
             raise RequestError(503, "stopping", message, {"Retry-After": "5"})
@@ -274,7 +295,7 @@ def _all_plain(answers: Sequence[Sequence[Answer]], top: int | None) -> list[Any
 
 
 def _overloaded(message: str) -> RequestError:
-    return RequestError(503, "overloaded", f"{message} Try again later.", {"Retry-After": "1"})
+    return RequestError(503, "overloaded", message, {"Retry-After": "1"})
 
 
 async def _disconnected(request: Request) -> None:

@@ -1,0 +1,7 @@
+"""Plans: what each task should own within a budget of bytes, chosen from a comparison."""
+
+from .assembling import assemble
+from .curve import plan_curve
+from .plans import Plan, plan
+
+__all__ = ["Plan", "assemble", "plan", "plan_curve"]

@@ -1,0 +1,95 @@
+"""A plan becomes a bank: from the bundles that a comparison kept, nothing trained again."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from weft.assembly import make_loaders, read_task
+from weft.bases import load_base
+from weft.comparing import compare, open_fleet
+from weft.errors import PlanError
+from weft.planning import assemble, plan
+from weft.training import evaluate
+
+BASE = """
+import torch
+from torch import nn
+
+def make():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU())
+"""
+
+
+@pytest.fixture
+def comparison(tmp_path: Path) -> dict[str, Any]:
+    """Three tasks on rows of numbers, under methods for each task and one for two together."""
+    (tmp_path / "net.py").write_text(textwrap.dedent(BASE))
+    generator = np.random.default_rng(0)
+    for i, name in enumerate("abc"):
+        x = generator.normal(size=(120, 6)).astype(np.float32)
+        np.savez(tmp_path / f"{name}.npz", x=x, y=(x[:, i] > 0).astype(np.int64))
+    return {
+        "base": {"name": f"python:{tmp_path / 'net.py'}:make"},
+        "tasks": {name: {"data": f"npz:{tmp_path / name}.npz"} for name in "abc"},
+        "methods": [
+            "linear_probe",
+            "full_finetune",
+            {"name": "hard_sharing", "tasks": ["a", "b"]},
+        ],
+        "seeds": 2,
+        "data": {"batch_size": 16},
+        "train": {"epochs": 3, "lr": 0.1},
+        "output": str(tmp_path / "run"),
+    }
+
+
+def test_a_plan_is_assembled_from_kept_bundles(comparison: dict[str, Any], tmp_path: Path) -> None:
+    frame = compare(comparison, progress=False)
+    # As if the joint cell were best for its tasks, so that the plan mixes both kinds.
+    joint = frame["label"] == "hard_sharing"
+    frame.loc[joint, "val"] = 1.0
+    made = plan(frame, "3x")
+    assert {pick.tasks for pick in made.chosen.picks} == {("a", "b"), ("c",)}
+    with pytest.raises(PlanError, match="made from a table"):
+        assemble(made, tmp_path / "bank")
+
+    from dataclasses import replace
+
+    bank = assemble(replace(made, comparison=tmp_path / "run"), tmp_path / "bank")
+    assert sorted(bank.tasks()) == ["a", "b", "c"]
+    assert bank.verify() == []
+    base, stated = load_base(comparison["base"]["name"])
+    tested = frame.set_index(["cell", "task"])["test"]
+    experiment = open_fleet(tmp_path / "run").cells[0].experiment
+    every = {**comparison["tasks"]}
+    for pick in made.chosen.picks:
+        cell = pick.cells[pick.best_seed(heads=False)]
+        model = bank.load(base, *pick.tasks)
+        for task in pick.tasks:
+            section = experiment.tasks["a"].model_copy(update={"data": every[task]["data"]})
+            one = experiment.model_copy(update={"tasks": {task: section}})
+            loaders = make_loaders(one, task, read_task(one, task), stated)
+            score = evaluate(model, {task: loaders["test"]})[task]["accuracy"]
+            assert score == pytest.approx(tested[cell, task])
+    with pytest.raises(PlanError, match="holds tasks already"):
+        assemble(replace(made, comparison=tmp_path / "run"), tmp_path / "bank")
+
+
+def test_a_plan_of_a_folder_is_that_of_its_table(
+    comparison: dict[str, Any], tmp_path: Path
+) -> None:
+    frame = compare({**comparison, "methods": ["linear_probe", "full_finetune"]}, progress=False)
+    by_folder = plan(tmp_path / "run", "3x").to_dict()
+    by_table = plan(frame, "3x").to_dict()
+    by_file = plan(pd.read_csv(tmp_path / "run" / "results.csv"), "3x").to_dict()
+    assert by_folder.pop("comparison") == str(tmp_path / "run")
+    assert by_table.pop("comparison") is None
+    assert by_file.pop("comparison") is None
+    assert by_folder == by_table == by_file
