@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,9 @@ from .rowwise import Parted, Range, RowsUnknownError, Run, Work
 from .sites import evaluating
 from .structure import Structure
 from .units import Columns, Units
+
+NEARLY_ALL = 0.9
+"""The share of a network from which on tasks that own it run one by one."""
 
 MOST_LAYOUTS = 64
 """Kinds of inputs whose layouts are kept."""
@@ -150,6 +153,9 @@ class Mixing:
         if structure.guarded & columns.keys():
             raise RowsUnknownError
         choice = units.choose(columns, found, structure.moving)
+        own = size_of(column[0] for column in columns.values())
+        if choice.task_by_task and own > NEARLY_ALL * size_of(base.values()):
+            raise RowsUnknownError  # hardly anything is shared, and apart caches are used better
         index = _Index(groups)
         for name, table, attribute in choice.broadcast:
             table[attribute] = index.rows(columns[name], 1).squeeze(1)
@@ -159,12 +165,12 @@ class Mixing:
             for name, _, attribute in one.slots
             if attribute != "num_batches_tracked"  # no kernel reads it
         ]
-        own: dict[int, dict[str, Tensor]] = {}
+        gathered: dict[int, dict[str, Tensor]] = {}
         rows = index.all_rows([(column, one.each) for one, _, column in wanted])
         for (one, attribute, _), tensor in zip(wanted, rows, strict=True):
-            own.setdefault(id(one), {})[attribute] = tensor
+            gathered.setdefault(id(one), {})[attribute] = tensor
         for one in choice.at_once:
-            one.unit.own[0] = own.get(id(one), {})
+            one.unit.own[0] = gathered.get(id(one), {})
             one.install(structure)
         for name in choice.task_by_task:
             unit = units.parted(name)
@@ -207,6 +213,11 @@ def _runs(
         else:
             before.append((group.start, group.stop))
     return [Run(tuple(ranges[key]), mine) for key, mine in tensors.items()]
+
+
+def size_of(tensors: Iterable[Tensor]) -> int:
+    """How many numbers there are in some tensors."""
+    return sum(tensor.numel() for tensor in tensors)
 
 
 def differing(
