@@ -109,7 +109,7 @@ async def client(
         task, image = work.pop()
         body = images[image]
         path = f"/v1/tasks/{task.replace(' ', '%20')}/predict?top=1"
-        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
         start = time.perf_counter()
         writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         answer = await reader.readuntil(b"\r\n\r\n")

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .sharing import Sharing
@@ -34,6 +35,13 @@ def fold(base: nn.Module, tensors: Mapping[str, Tensor], sharing: Sharing) -> nn
         id(table[a]): _parameter(new[n]) if n in parameters else new[n] for n, table, a in slots
     }
     plain = copy.deepcopy(base, memo)
+    # Initial values are thrown away: random numbers drawn for them would change what others do.
+    with torch.random.fork_rng(devices=[]):
+        _fold_adapters(plain, new, sharing)
+    return plain
+
+
+def _fold_adapters(plain: nn.Module, new: Mapping[str, Tensor], sharing: Sharing) -> None:
     # The innermost sites first: folding an outer one may move what is inside.
     for site in sorted(sharing.adapters, key=lambda s: -s.count(".")):
         inner = plain.get_submodule(site)
@@ -43,7 +51,6 @@ def fold(base: nn.Module, tensors: Mapping[str, Tensor], sharing: Sharing) -> nn
             is_parameter = isinstance(table[attribute], nn.Parameter)
             table[attribute] = _parameter(value) if is_parameter else value
         replace_child(plain.modules(), inner, adapter.fold(inner))
-    return plain
 
 
 def _own(tensor: Tensor) -> Tensor:
