@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 
 import pytest
 import torch
@@ -22,8 +23,6 @@ def _declare_missing_vision_operators() -> torch.library.Library | None:
         pass
     else:
         return None
-    import sys
-
     for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:
         del sys.modules[name]
     library = torch.library.Library("torchvision", "DEF")
@@ -64,3 +63,10 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled() -> None:
+    # PyTorch compiles one function at most so often in a process, for all tests together.
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
