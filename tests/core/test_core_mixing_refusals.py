@@ -12,7 +12,7 @@ from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import weft
-from core.small import NO_HEAD, conv_net, images, vectors
+from core.small import NO_HEAD, conv_net, images, mlp, vectors
 from core.test_core_mixing import disturbed, flops, model_of, owning
 from weft.core.forms import form_of
 from weft.errors import DataError, LeaseError, TaskError
@@ -279,6 +279,18 @@ def test_a_first_batch_that_shows_nothing_does_not_part_tasks_for_good() -> None
         model = model_of(base, weft.scale_bias)
         model(first, task=[0, 1, 2, 0, 1, 2])
         assert flops(lambda m=model: m(images(6), task=[0, 1, 2, 0, 1, 2])) == plain
+
+
+@torch.no_grad()
+def test_a_layer_too_large_for_many_tasks_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Eight tasks, as many as are checked at once, fit the kernel; twelve run task by task.
+    monkeypatch.setattr("weft.core.units.LARGE", 10 * 24)
+    base = mlp().eval()
+    model = model_of(base, owning("0.weight"), 12)
+    x, rows = vectors(24), list(range(12)) * 2
+    model(x, task=rows)
+    assert flops(lambda: model(x, task=rows)) == flops(lambda: base(x))
+    assert_like_apart(model, x, rows)
 
 
 @torch.no_grad()

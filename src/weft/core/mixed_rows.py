@@ -234,6 +234,7 @@ class MixedRows:
                     return value
             if not checked:
                 self._check(pool, base, groups, batch, read, how, training)
+        checks.refused.add(how)  # the check cannot tell, so it is not made again
         raise RowsUnknownError
 
     def _check(
@@ -280,7 +281,10 @@ class MixedRows:
                     if not _agree(_rows_in(value, group), alone):
                         checks.refused.add(how)
                         raise RowsUnknownError
-            checks.right[training].update(found)
+            # A kernel that agrees shows that rows are where they were thought to be: its module may
+            # also run task by task, as it does where its tensors are too large for a kernel.
+            parted = (unit[0] for unit in found if isinstance(unit, tuple))
+            checks.right[training].update(found, parted)
 
     def _taps(
         self,
