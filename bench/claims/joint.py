@@ -1,12 +1,12 @@
 """TAPS joint against sequential on the four domains of PACS, MobileNetV2-0.35, 96 px.
 
-- shared: one network trains on all domains, with a head for each;
-- efficient: that network, frozen, is the base of TAPS for each domain in turn;
+- efficient: one network trains on all domains, with a head for each; frozen, it is the base of TAPS
+  for each domain in turn;
 - full: base, residuals and scores of all domains train together.
 
-Sequential TAPS over the ImageNet base, at the same settings, is ``taps_0.3`` and ``taps_1`` of
-vision.py. The last epoch is reported. ``--smoke`` runs six steps of each cell into a folder of its
-own, to see that everything works.
+Sequential TAPS over the ImageNet base is ``taps_1`` of vision.py, and that one network by itself is
+``logits`` of patches.py, trained for all domains together. The last epoch is reported. ``--smoke``
+runs six steps of each cell into a folder of its own, to see that everything works.
 """
 
 from __future__ import annotations
@@ -50,11 +50,8 @@ def run_cell(config: Config, data: Path, name: str, seed: int) -> Config:
             base, tasks, pairs, plan=plan, pretraining=fit, training=fit, example=example
         )
     else:
-        plans = {
-            "shared": lambda: weft.hard_sharing(base, own="nothing", batchnorm="follow"),
-            "full": lambda: weft.taps(base, penalty=cell["penalty"], joint=True),
-        }
-        model = weft.MultiTaskModel(base, plans[cell["kind"]](), example=example)
+        sharing = weft.taps(base, penalty=cell["penalty"], joint=True)
+        model = weft.MultiTaskModel(base, sharing, example=example)
         for task, kind in tasks.items():
             model.add_task(task, kind)
         fit(model, pairs)
