@@ -24,7 +24,8 @@ PARTS = {
     "adapters": (*BELOW, "adapters"),
     "penalties": BELOW,
     "methods": (*BELOW, "patches", "adapters", "penalties", "methods"),
-    "registry": (*BELOW, "methods"),
+    "citations": (),
+    "registry": (*BELOW, "methods", "citations"),
 }
 # These see tensors by task and never a method by name.
 NO_METHODS = ("training", "bank", "serving", "reports", "data")

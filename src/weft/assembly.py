@@ -59,6 +59,18 @@ class Folder:
         return self.root / "history" / f"{name}.jsonl"
 
 
+def resolved(experiment: Experiment, name: str) -> dict[str, Any]:
+    """What decides a task's result, in plain values.
+
+    Args:
+        experiment: the checked configuration.
+        name: the task.
+    """
+    whole = experiment.model_dump(mode="json", exclude={"tasks", "output"})
+    task = experiment.tasks[name].model_dump(mode="json")
+    return {**whole, "method": task.pop("method") or whole["method"], "task": task}
+
+
 def load_experiment_base(experiment: Experiment) -> tuple[nn.Module, Preprocessing | None]:
     """The base before any training, and how its pixels are scaled.
 

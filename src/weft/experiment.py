@@ -20,6 +20,7 @@ from .assembly import (
     make_plan,
     read_data,
     read_task,
+    resolved,
 )
 from .bank import Bank
 from .config import Experiment
@@ -86,18 +87,6 @@ def train(experiment: Experiment, *, progress: bool = True) -> dict[str, dict[st
     report(bank, folder.report)
     (folder.root / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     return results
-
-
-def resolved(experiment: Experiment, name: str) -> dict[str, Any]:
-    """What decides a task's result, in plain values.
-
-    Args:
-        experiment: the checked configuration.
-        name: the task.
-    """
-    whole = experiment.model_dump(mode="json", exclude={"tasks", "output"})
-    task = experiment.tasks[name].model_dump(mode="json")
-    return {**whole, "method": task.pop("method") or whole["method"], "task": task}
 
 
 def _check_same(experiment: Experiment, name: str, facts: Mapping[str, Any]) -> None:

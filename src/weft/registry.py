@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from . import citations
+from .citations import Citation
 from .core.sharing import Sharing
 from .errors import ConfigError, close_matches
 from .methods.adashare import adashare
@@ -44,24 +46,39 @@ class Method:
         plan: the function that makes its plan.
         summary: one line for lists.
         exceptions: laws that do not hold, with the reason.
+        citation: the paper that it is from, if there is one.
     """
 
     plan: Callable[..., Sharing]
     summary: str
     exceptions: Mapping[Law, str] = field(default_factory=dict)
+    citation: Citation | None = None
 
 
 METHODS: dict[str, Method] = {
     "linear_probe": Method(linear_probe, "a head on the frozen base"),
-    "bias_only": Method(bias_only, "own biases (BitFit)"),
-    "scale_bias": Method(scale_bias, "own scales and shifts (K for the Price of 1)"),
-    "depthwise_patch": Method(depthwise_patch, "own depthwise kernels (K for the Price of 1)"),
-    "taps": Method(taps, "own the layers that pay, by a learned gate each (TAPS)"),
-    "lora": Method(lora, "own low-rank additions to the weights of layers (LoRA)"),
+    "bias_only": Method(bias_only, "own biases (BitFit)", citation=citations.BITFIT),
+    "scale_bias": Method(
+        scale_bias,
+        "own scales and shifts (K for the Price of 1)",
+        citation=citations.MODEL_PATCHES,
+    ),
+    "depthwise_patch": Method(
+        depthwise_patch,
+        "own depthwise kernels (K for the Price of 1)",
+        citation=citations.MODEL_PATCHES,
+    ),
+    "taps": Method(
+        taps, "own the layers that pay, by a learned gate each (TAPS)", citation=citations.TAPS
+    ),
+    "lora": Method(
+        lora, "own low-rank additions to the weights of layers (LoRA)", citation=citations.LORA
+    ),
     "hard_sharing": Method(
         hard_sharing,
         "own the bottom or the top, train the rest together",
         {Law.TASKS_ARE_ISOLATED: "the common part trains with every task"},
+        citations.HARD_SHARING,
     ),
     "adashare": Method(
         adashare,
@@ -70,6 +87,7 @@ METHODS: dict[str, Method] = {
             Law.TASKS_ARE_ISOLATED: "the network trains with every task",
             Law.PROCESSES_AGREE: "each process draws samples of its own while policies are learned",
         },
+        citations.ADASHARE,
     ),
     "dynashare": Method(
         dynashare,
@@ -79,6 +97,7 @@ METHODS: dict[str, Method] = {
             Law.ALL_PATHS_AGREE: "a gate that decides for each input has no plain form to fold to",
             Law.PROCESSES_AGREE: "each process draws samples of its own, of policies and of gates",
         },
+        citations.DYNASHARE,
     ),
     "full_finetune": Method(full_finetune, "own everything"),
 }

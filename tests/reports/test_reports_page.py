@@ -111,7 +111,7 @@ def test_names_are_escaped(tmp_path: Path) -> None:
     assert not {"img", "b>x", "i", "u"} & {t for t, _ in page.tags}
     assert "<script>alert" not in text
     assert "alert(1)" in page.text
-    data = re.search(r'id="map-data">(.*?)</script>', text, re.S)
+    data = re.search(r'class="map-data">(.*?)</script>', text, re.S)
     assert data is not None
     assert json.loads(data[1])["tasks"] == [evil]
 

@@ -10,7 +10,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from weft.bank import Bank
 from weft.demo import run_demo
 from weft.doctor import examine
 from weft.errors import WeftError
@@ -21,7 +20,7 @@ from .banks import bank_app
 from .comparing import compare_command
 from .experiments import eval_command, fold, train_command
 from .exporting import export_command
-from .output import AsJson, BankPath, out, plain, print_json
+from .output import AsJson, out, plain, print_json
 from .planning import plan_command
 from .serving import serve
 
@@ -56,16 +55,19 @@ def demo(
 
 @app.command()
 def report(
-    bank: BankPath,
+    folder: Annotated[Path, typer.Argument(help="A bank, or the output of weft compare.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file.")] = Path(
         "report.html"
     ),
+    budget: Annotated[
+        str | None, typer.Option(help="Of a comparison: whose plan is shown; as for weft plan.")
+    ] = None,
     figures: Annotated[
         Path | None, typer.Option(help="Also write the figures into this folder.")
     ] = None,
 ) -> None:
-    """Write the report of a bank: what each task owns, shares and costs."""
-    page = write_report(Bank(bank, create=False), output, figures=figures)
+    """Write the report of a bank or of a comparison as one HTML file."""
+    page = write_report(folder, output, budget=budget, figures=figures)
     out.print(f"Wrote {plain(str(page))}.")
 
 

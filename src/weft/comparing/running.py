@@ -13,13 +13,19 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from weft.assembly import first_rows, load_experiment_base, make_loaders, make_model, read_data
+from weft.assembly import (
+    first_rows,
+    load_experiment_base,
+    make_loaders,
+    make_model,
+    read_data,
+    resolved,
+)
 from weft.bank import Bank
 from weft.bank.shared import shared_tensors
 from weft.core.model import MultiTaskModel
 from weft.core.sites import named_tensors
 from weft.data import Loader
-from weft.experiment import resolved
 from weft.training import History, evaluate, fit
 from weft.training.evaluation import choosing_scores, device_of
 from weft.training.history import Epoch

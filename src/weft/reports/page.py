@@ -2,55 +2,28 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, FunctionLoader, StrictUndefined
-from markupsafe import Markup
 
 from weft.errors import DataError
 
 from .compare import metrics_of, pareto_front, summarise, tasks_of
 from .cost import cost_of, draw_cost
 from .curves import draw_curves, draw_task, phases_of
-from .drawing import Drawing, escape
+from .drawing import Drawing
+from .html import Figure, write_figures, write_page
 from .layer_map import layer_map, map_data
 from .map_drawing import draw_map
 from .numbers import bytes_text, count_text, metric_text, percent_text, spread_text
 from .raster import save_png
 from .records import Point, Source, TaskReport, check_points, collect
-from .style import figure_css
 from .tables import comparison_rows, task_rows, totals_row
 from .tradeoff import Place, draw_tradeoff, method_places
 
 OPEN_TASKS = 6
 """Training curves of so many tasks are unfolded."""
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A drawing of the page.
-
-    Args:
-        name: of its file, without ending.
-        caption: what it shows.
-        drawing: the drawing.
-    """
-
-    name: str
-    caption: str
-    drawing: Drawing
-
-    @property
-    def svg(self) -> Markup:
-        """The drawing as inline SVG."""
-        return Markup(self.drawing.svg(f'data-name="{escape(self.name)}"'))
 
 
 @dataclass(frozen=True)
@@ -107,44 +80,36 @@ def report(
     drawing, grid = draw_map(data)
     layers = Figure("layers", "Layers by tasks", drawing)
     trade_offs = _trade_offs(reports, names, comparison)
-    template = _environment().get_template("report.html.j2")
-    script = _asset("report.js.j2")
-    text = template.render(
-        title=title,
-        csp=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        figure_css=Markup(figure_css()),
-        page_css=Markup(_asset("report.css.j2")),
-        script=Markup(script),
-        tasks=len(reports),
-        base_parameters=count_text(reports[0].ledger.base_parameters),
-        base_bytes=bytes_text(cost.base),
-        own_bytes=bytes_text(sum(cost.own)),
-        own_share=percent_text(sum(cost.own) / cost.copies) if cost.copies else "none",
-        total_bytes=bytes_text(cost.total),
-        copies_bytes=bytes_text(cost.copies_total),
-        saved=cost.copies_total / cost.total if cost.total else 1.0,
-        estimated=any(r.base_bytes is None for r in reports),
-        overview=overview,
-        rows=task_rows(reports, names),
-        one_metric=_one_metric(reports),
-        totals=totals_row(reports),
-        layers=layers,
-        map_data=map_data(data, grid),
-        trainings=_trainings(reports, names),
-        open_tasks=OPEN_TASKS,
-        trade_offs=trade_offs,
-    )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8", newline="\n")
+    values = {
+        "title": title,
+        "tasks": len(reports),
+        "base_parameters": count_text(reports[0].ledger.base_parameters),
+        "base_bytes": bytes_text(cost.base),
+        "own_bytes": bytes_text(sum(cost.own)),
+        "own_share": percent_text(sum(cost.own) / cost.copies) if cost.copies else "none",
+        "total_bytes": bytes_text(cost.total),
+        "copies_bytes": bytes_text(cost.copies_total),
+        "saved": cost.copies_total / cost.total if cost.total else 1.0,
+        "estimated": any(r.base_bytes is None for r in reports),
+        "overview": overview,
+        "rows": task_rows(reports, names),
+        "one_metric": _one_metric(reports),
+        "totals": totals_row(reports),
+        "layers": layers,
+        "map_data": map_data(data, grid),
+        "trainings": _trainings(reports, names),
+        "open_tasks": OPEN_TASKS,
+        "trade_offs": trade_offs,
+    }
+    write_page(Path(path), "report.html.j2", values)
     if figures is not None:
         drawings = [(f.name, f.drawing) for f in (overview, layers)]
         drawings += [(t.figure.name, t.figure.drawing) for t in trade_offs]
         for r, name in zip(reports, names, strict=True):
             if (curves := draw_task(r)) is not None:
                 drawings.append((f"training-{name}", curves))
-        _write_figures(drawings, Path(figures))
-    return path
+        write_figures(drawings, Path(figures))
+    return Path(path)
 
 
 def overview_figure(points: Sequence[Point], path: str | Path) -> Path:
@@ -267,31 +232,3 @@ def _trade_offs(
         figure = Figure(f"tradeoff-{metric}", f"{metric} by task", drawing)
         found.append(TradeOff(metric, figure, (), [], False))
     return found
-
-
-def _write_figures(drawings: Sequence[tuple[str, Drawing]], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    taken: set[str] = set()
-    for name, drawing in drawings:
-        safe = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:100] or "figure"
-        unique, n = safe, 2
-        while unique.lower() in taken:
-            unique, n = f"{safe}-{n}", n + 1
-        taken.add(unique.lower())
-        text = drawing.svg_file()
-        (folder / f"{unique}.svg").write_text(text, encoding="utf-8", newline="\n")
-        save_png(drawing, folder / f"{unique}.png")
-
-
-def _asset(name: str) -> str:
-    return (files(__package__) / name).read_text(encoding="utf-8")
-
-
-def _environment() -> Environment:
-    return Environment(
-        loader=FunctionLoader(_asset),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )

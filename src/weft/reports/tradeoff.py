@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -46,9 +46,17 @@ class Place:
     title: str = ""
 
 
-def method_places(summaries: Sequence[Summary]) -> list[Place]:
-    """Markers of methods that have at least one complete seed."""
-    front = {s.method for s in pareto_front(summaries)}
+def method_places(
+    summaries: Sequence[Summary], front: Collection[str] | None = None
+) -> list[Place]:
+    """Markers of methods that have at least one complete seed.
+
+    Args:
+        summaries: of one metric.
+        front: names of the methods on the Pareto front, where other scores than these decide it.
+    """
+    if front is None:
+        front = {s.method for s in pareto_front(summaries)}
     return [
         Place(
             s.method,
