@@ -11,7 +11,7 @@ class Citation:
 
     Args:
         key: of its BibTeX entry.
-        authors: full names.
+        authors: family name, given names.
         title: of the paper.
         venue: where it appeared; empty where arXiv is all.
         year: when.
@@ -28,7 +28,7 @@ class Citation:
     @property
     def short(self) -> str:
         """Family names and year: Hu et al., 2022."""
-        names = [author.rsplit(" ", 1)[-1] for author in self.authors]
+        names = [author.partition(",")[0] for author in self.authors]
         who = " and ".join(names) if len(names) < 3 else f"{names[0]} et al."
         return f"{who}, {self.year}"
 
@@ -50,7 +50,7 @@ class Citation:
 
 BITFIT = Citation(
     "benzaken2022bitfit",
-    ("Elad Ben Zaken", "Shauli Ravfogel", "Yoav Goldberg"),
+    ("Ben Zaken, Elad", "Ravfogel, Shauli", "Goldberg, Yoav"),
     "BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models",
     "Annual Meeting of the Association for Computational Linguistics (ACL)",
     2022,
@@ -58,7 +58,7 @@ BITFIT = Citation(
 )
 MODEL_PATCHES = Citation(
     "mudrakarta2019k",
-    ("Pramod Kaushik Mudrakarta", "Mark Sandler", "Andrey Zhmoginov", "Andrew Howard"),
+    ("Mudrakarta, Pramod Kaushik", "Sandler, Mark", "Zhmoginov, Andrey", "Howard, Andrew"),
     "K for the Price of 1: Parameter-efficient Multi-task and Transfer Learning",
     "International Conference on Learning Representations (ICLR)",
     2019,
@@ -67,13 +67,13 @@ MODEL_PATCHES = Citation(
 TAPS = Citation(
     "wallingford2022task",
     (
-        "Matthew Wallingford",
-        "Hao Li",
-        "Alessandro Achille",
-        "Avinash Ravichandran",
-        "Charless Fowlkes",
-        "Rahul Bhotika",
-        "Stefano Soatto",
+        "Wallingford, Matthew",
+        "Li, Hao",
+        "Achille, Alessandro",
+        "Ravichandran, Avinash",
+        "Fowlkes, Charless",
+        "Bhotika, Rahul",
+        "Soatto, Stefano",
     ),
     "Task Adaptive Parameter Sharing for Multi-Task Learning",
     "IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)",
@@ -83,14 +83,14 @@ TAPS = Citation(
 LORA = Citation(
     "hu2022lora",
     (
-        "Edward J. Hu",
-        "Yelong Shen",
-        "Phillip Wallis",
-        "Zeyuan Allen-Zhu",
-        "Yuanzhi Li",
-        "Shean Wang",
-        "Lu Wang",
-        "Weizhu Chen",
+        "Hu, Edward J.",
+        "Shen, Yelong",
+        "Wallis, Phillip",
+        "Allen-Zhu, Zeyuan",
+        "Li, Yuanzhi",
+        "Wang, Shean",
+        "Wang, Lu",
+        "Chen, Weizhu",
     ),
     "LoRA: Low-Rank Adaptation of Large Language Models",
     "International Conference on Learning Representations (ICLR)",
@@ -99,7 +99,7 @@ LORA = Citation(
 )
 HARD_SHARING = Citation(
     "zhang2022rethinking",
-    ("Lijun Zhang", "Qizheng Yang", "Xiao Liu", "Hui Guan"),
+    ("Zhang, Lijun", "Yang, Qizheng", "Liu, Xiao", "Guan, Hui"),
     "Rethinking Hard-Parameter Sharing in Multi-Domain Learning",
     "IEEE International Conference on Multimedia and Expo (ICME)",
     2022,
@@ -107,7 +107,7 @@ HARD_SHARING = Citation(
 )
 ADASHARE = Citation(
     "sun2020adashare",
-    ("Ximeng Sun", "Rameswar Panda", "Rogerio Feris", "Kate Saenko"),
+    ("Sun, Ximeng", "Panda, Rameswar", "Feris, Rogerio", "Saenko, Kate"),
     "AdaShare: Learning What To Share For Efficient Deep Multi-Task Learning",
     "Advances in Neural Information Processing Systems (NeurIPS)",
     2020,
@@ -115,7 +115,7 @@ ADASHARE = Citation(
 )
 DYNASHARE = Citation(
     "rahimian2023dynashare",
-    ("Elahe Rahimian", "Golara Javadi", "Frederick Tung", "Gabriel Oliveira"),
+    ("Rahimian, Elahe", "Javadi, Golara", "Tung, Frederick", "Oliveira, Gabriel"),
     "DynaShare: Task and Instance Conditioned Parameter Sharing for Multi-Task Learning",
     "",
     2023,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .compare import Summary, metrics_of, pareto_front, summarise, tasks_of
+from .compare import metrics_of, pareto_front, summarise, tasks_of
 from .drawing import Drawing
 from .epochs import draw_epochs
 from .html import Figure, write_figures, write_page
@@ -185,10 +185,11 @@ def comparison_page(
             chosen=answer.budget,
         )
         plan = Figure("plan", f"{answer.metric} against the budget of all tasks", drawing)
-    front = {m: _front(compared, m) for m in metrics_of(compared.tests)}
-    trade_offs = [_trade_off(compared, metric, front[metric]) for metric in front]
+    metrics = metrics_of(compared.tests)
+    trade_offs = [_trade_off(compared, metric) for metric in metrics]
+    fronts = {task: _front(compared, task) for task in compared.tasks}
     maps = [_map(owned) for owned in compared.owned]
-    curves = _curves(compared)
+    curves = _curves(compared, fronts)
     values = {
         "title": title,
         "c": compared,
@@ -200,8 +201,8 @@ def comparison_page(
         "maps": maps,
         "curves": curves,
         "open_figures": OPEN_FIGURES,
-        "rows": [_row(row, front) for row in compared.rows],
-        "metrics": len(front),
+        "rows": [_row(row, fronts[row["task"]]) for row in compared.rows],
+        "metrics": len(metrics),
     }
     written = write_page(Path(path), "comparison.html.j2", values)
     if figures is not None:
@@ -211,40 +212,46 @@ def comparison_page(
     return written
 
 
-def _front(compared: Compared, metric: str) -> set[str]:
-    """The methods on the Pareto front of validation scores, by the name of the shown metric."""
-    split = metric.partition(" ")[2]
-    names = metrics_of(compared.vals)
-    val = next((name for name in names if name.partition(" ")[2] == split), None)
-    if val is None:
+def _front(compared: Compared, task: str | None, metric: str = "") -> set[str]:
+    """The methods on the Pareto front of validation scores, of one task or of all with a metric."""
+    only = None if task is None else [task]
+    names = [p.metric for p in compared.vals if task in (None, p.task)]
+    wanted = [name for name in names if not metric or _plain(name) == _plain(metric)]
+    if not wanted:
         return set()
-    return {s.method for s in pareto_front(summarise(compared.vals, val))}
+    return {s.method for s in pareto_front(summarise(compared.vals, wanted[0], only))}
 
 
-def _trade_off(compared: Compared, metric: str, front: set[str]) -> _TradeOff:
+def _plain(metric: str) -> str:
+    """The name of a metric without its split."""
+    return metric.partition(" ")[2]
+
+
+def _trade_off(compared: Compared, metric: str) -> _TradeOff:
     tasks = tasks_of(compared.tests, metric)
     better = next(p.higher_is_better for p in compared.tests if p.metric == metric)
     copy = float(compared.base_bytes)
 
-    def draw(summaries: Sequence[Summary], task: str, width: float, height: float) -> Drawing:
+    def draw(task: str | None, width: float, height: float) -> Drawing:
+        only = None if task is None else [task]
+        front = _front(compared, task, metric)
         return draw_tradeoff(
-            method_places(summaries, front),
+            method_places(summarise(compared.tests, metric, only), front),
             metric,
             higher_is_better=better,
             copy=copy,
-            task=task,
+            task=task or "",
             width=width,
             height=height,
         )
 
-    whole = draw(summarise(compared.tests, metric), "", 860.0, 440.0)
     mean = f"mean of {len(tasks)} tasks" if len(tasks) > 1 else tasks[0]
-    small = []
-    if len(tasks) > 1:
-        for task in tasks:
-            drawn = draw(summarise(compared.tests, metric, [task]), task, 430.0, 300.0)
-            small.append(Figure(f"tradeoff-{metric}-{task}", task, drawn))
-    return _TradeOff(Figure(f"tradeoff-{metric}", f"{metric}, {mean}", whole), tuple(small))
+    whole = Figure(f"tradeoff-{metric}", f"{metric}, {mean}", draw(None, 860.0, 440.0))
+    small = tuple(
+        Figure(f"tradeoff-{metric}-{task}", task, draw(task, 430.0, 300.0))
+        for task in (tasks if len(tasks) > 1 else ())
+    )
+    return _TradeOff(whole, small)
 
 
 def _map(owned: Owned) -> _Map:
@@ -267,16 +274,13 @@ def _map(owned: Owned) -> _Map:
     return _Map(owned.name, figure, map_data(data, grid), matrix, said)
 
 
-def _curves(compared: Compared) -> list[Figure]:
+def _curves(compared: Compared, fronts: Mapping[str, set[str]]) -> list[Figure]:
     figures = []
     for task, curves in compared.curves.items():
-        metric = next((p.metric for p in compared.vals if p.task == task), "score")
-        metric = metric.partition(" ")[2] or metric
-        alone = summarise(compared.vals, f"validation {metric}", [task])
-        front = {s.method for s in pareto_front(alone)}
-        known = {label: curve for label, curve in curves.items() if len(curve)}
+        metric = next((_plain(p.metric) for p in compared.vals if p.task == task), "score")
+        known = {label: curve for label, curve in curves.items() if curve}
         if known:
-            drawing = draw_epochs(task, metric, known, front)
+            drawing = draw_epochs(task, metric, known, fronts.get(task, set()))
             figures.append(Figure(f"epochs-{task}", task, drawing))
     return figures
 
@@ -296,6 +300,7 @@ def _answer_texts(answer: Answer) -> dict[str, Any]:
         "whole": None if answer.whole is None else answer.whole.said,
         "whole_score": None if answer.whole is None else _said(answer, answer.whole),
         "whole_bytes": None if answer.whole is None else bytes_text(answer.whole.bytes),
+        "same": single is not None and {o.label for o in answer.owners} == {single.said},
         "verdict": verdict(answer),
         "metric": answer.metric,
         "shared": bytes_text(answer.shared_bytes) if answer.shared_bytes else "",
@@ -303,7 +308,7 @@ def _answer_texts(answer: Answer) -> dict[str, Any]:
             {
                 "task": o.task,
                 "label": o.label,
-                "together": ", ".join(o.together),
+                "together": _others(o.together),
                 "bytes": bytes_text(o.own_bytes),
                 "bytes_value": o.own_bytes,
                 "metric": o.metric,
@@ -316,6 +321,10 @@ def _answer_texts(answer: Answer) -> dict[str, Any]:
             for o in answer.owners
         ],
     }
+
+
+def _others(tasks: Sequence[str]) -> str:
+    return ", ".join(tasks) if len(tasks) < 3 else f"{len(tasks)} other tasks"
 
 
 def _said(answer: Answer, choice: Choice) -> str:
@@ -349,7 +358,7 @@ def verdict(answer: Answer) -> str:
     )
 
 
-def _row(row: Mapping[str, Any], front: Mapping[str, set[str]]) -> dict[str, Any]:
+def _row(row: Mapping[str, Any], front: set[str]) -> dict[str, Any]:
     """A row of the table of all choices as text, with the values that it is sorted by."""
     metric = row["metric"]
 
@@ -374,6 +383,6 @@ def _row(row: Mapping[str, Any], front: Mapping[str, set[str]]) -> dict[str, Any
         "latency": {"text": f"{row['latency']:.2f}", "value": row["latency"]},
         "memory": {"text": bytes_text(row["memory"]), "value": row["memory"]},
         "seeds": row["seeds"],
-        "front": any(row["label"] in labels for labels in front.values()),
+        "front": row["label"] in front,
         "planned": row["planned"],
     }

@@ -10,7 +10,7 @@ from .labels import Item, place_labels
 from .numbers import is_share, shorten
 from .style import SERIES
 
-LEFT, RIGHT, TOP, BOTTOM = 46.0, 130.0, 34.0, 38.0
+LEFT, RIGHT, TOP, BOTTOM = 46.0, 168.0, 34.0, 38.0
 
 
 def draw_epochs(
@@ -19,7 +19,7 @@ def draw_epochs(
     curves: Mapping[str, Sequence[float]],
     front: Collection[str],
     *,
-    width: float = 470.0,
+    width: float = 500.0,
     height: float = 270.0,
 ) -> Drawing:
     """Validation score against epoch of one task.
@@ -56,7 +56,7 @@ def draw_epochs(
     for label in [name for name in curves if name not in front] + named:
         points: list[XY] = [(frame.x(i + 1), frame.y(v)) for i, v in enumerate(curves[label])]
         place = named.index(label) if label in named else -1
-        style = "grid" if place < 0 else f"{'ld'[place // SERIES % 2]}{place % SERIES}"
+        style = "axis" if place < 0 else f"{'ld'[place // SERIES % 2]}{place % SERIES}"
         if len(points) > 1:
             drawing.line(points, style)
         else:

@@ -19,6 +19,7 @@ WIDTHS = ((3, (96, 170)), (6, (70, 130)), (12, (48, 84)), (24, (34, 34)), (ALL, 
 HEIGHTS = ((12, 26), (30, 20), (64, 16), (128, 14), (ALL, 12))
 """Up to so many rows, the height of each."""
 
+FOOT = "own share of the base"
 STRONG = 3
 """The level of intensity from which letters are paper on colour."""
 
@@ -72,7 +73,8 @@ def draw_map(data: LayerMap) -> tuple[Drawing, Grid]:
     text = "name" if height < 16 else "name2"
     size = 10.0 if height < 16 else 11.5
     labels = [shorten(site or "(base)", 34) for site, _ in data.sites]
-    left = MARGIN + max((text_width(label, size) for label in labels), default=0) + 14
+    widest = max((text_width(label, size) for label in labels), default=0)
+    left = MARGIN + max(widest, text_width(FOOT, 10)) + 14
     turned = longest > width - 6
     legend = 34.0
     top = legend + (longest * 0.87 + 22 if turned else 24)
@@ -92,7 +94,7 @@ def draw_map(data: LayerMap) -> tuple[Drawing, Grid]:
             drawing.text(x, top - 9, task, "name2", "middle")
     _rows(drawing, data, labels, grid, text, right)
     _cells(drawing, data, grid)
-    drawing.text(left - 10, bottom + 20, "own share of the base", "note", "end")
+    drawing.text(left - 10, bottom + 20, FOOT, "note", "end")
     if width >= 34:
         for i, fraction in enumerate(data.fractions):
             drawing.text(

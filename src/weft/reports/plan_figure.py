@@ -11,6 +11,8 @@ from .drawing import XY, Drawing
 from .numbers import bytes_text, is_share, metric_text, spread_text
 
 LEFT, RIGHT, TOP, BOTTOM = 62.0, 24.0, 58.0, 52.0
+ZERO = 44.0
+"""Room for a budget of nothing, which a log axis cannot hold."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,9 @@ def draw_plan(
     choices = [c for b in budgets for c in (b.plan, b.single) if c is not None]
     scores = [c.test + side * (c.spread or 0.0) for c in choices for side in (-1, 1)]
     share = is_share(metric)
+    start = LEFT + (ZERO if any(b.bytes <= 0 for b in budgets) else 0.0)
     frame = Frame(
-        Scale(low / room, high * room, LEFT, width - RIGHT, log=True),
+        Scale(low / room, high * room, start, width - RIGHT, log=True),
         Scale(*padded(scores, limits=(0.0, 1.0) if share else None), height - BOTTOM, TOP),
     )
     step = nice_step((frame.y.high - frame.y.low) / 5)
@@ -82,13 +85,17 @@ def draw_plan(
     def y_text(value: float) -> str:
         return tick_text(value * 100, step * 100) if share else tick_text(value, step)
 
-    frame.grid(
-        drawing,
-        frame.x.ticks(max(3, int(width / 80))),
-        frame.y.ticks(5),
-        lambda v: bytes_text(v).replace(".0", ""),
-        y_text,
+    outer = Frame(Scale(0, 1, LEFT, width - RIGHT), frame.y)
+    outer.grid(drawing, [], frame.y.ticks(5), str, y_text)
+    ticks = [t for t in frame.x.ticks(max(3, int(width / 80))) if frame.x(t) > start + 24]
+    bottom = height - BOTTOM
+    Frame(frame.x, Scale(0, 1, bottom, bottom)).grid(
+        drawing, ticks, [], lambda v: bytes_text(v).replace(".0", ""), str
     )
+    if start > LEFT:
+        drawing.text(LEFT + ZERO / 2, bottom + 17, bytes_text(0), "tick", "middle")
+        for x in (start - 3, start + 1):
+            drawing.line([(x - 3, bottom + 5), (x + 3, bottom - 5)], "axis")
     drawing.text(8, 16, _heading(metric, share, higher_is_better), "title")
     drawing.text(
         (LEFT + width - RIGHT) / 2,
@@ -128,7 +135,7 @@ def _series(
     """Markers with bars, moved a little so that two series do not cover each other."""
     line, bar, marker, shape = styles
     places: list[XY] = [
-        (max(frame.x(max(size, frame.x.low)), frame.x.start) + shift, frame.y(choice.test))
+        ((frame.x(size) if size > 0 else LEFT + ZERO / 2) + shift, frame.y(choice.test))
         for size, choice in points
     ]
     for before, after in pairwise(places):
