@@ -34,6 +34,11 @@ def test_compare_plan_and_bank(comparison: Path, weft_command) -> None:
     run = comparison.parent / "run"
     assert len(pd.read_csv(run / "results.csv")) == 4
 
+    page = comparison.parent / "page.html"
+    code, out, _ = weft_command("report", run, "--output", page, "--budget", "2x")
+    assert code == 0
+    assert "Within" in page.read_text(encoding="utf-8")
+
     bank = comparison.parent / "bank"
     code, out, _ = weft_command("plan", comparison, "--budget", "2x", "--bank", bank, "--json")
     assert code == 0

@@ -9,11 +9,11 @@ import re
 import statistics
 import xml.etree.ElementTree as ET
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
+from html_page import Page
 from report_fakes import METHODS, fake_ledger, fake_points, fake_report
 from torch import nn
 
@@ -21,41 +21,6 @@ import weft
 from weft.errors import DataError
 from weft.reports import HasTaskReports, TaskReport, from_model, overview_figure, report
 from weft.reports.drawing import Drawing
-
-
-class Page(HTMLParser):
-    """Collects tags, attributes and visible text, and refuses tags that do not match."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta",):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if not self.open or self.open[-1] not in ("script", "style"):
-            self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return re.sub(r"\s+", " ", "".join(self.words).replace("\u00a0", " "))
-
-    def count(self, tag: str) -> int:
-        return sum(t == tag for t, _ in self.tags)
 
 
 def write(folder: Path, *args: object, **options: object) -> str:
