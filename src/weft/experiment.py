@@ -23,12 +23,13 @@ from .assembly import (
     resolved,
 )
 from .bank import Bank
-from .config import Experiment
+from .config import Experiment, MethodSection
 from .core.model import MultiTaskModel
 from .data import Loader
 from .errors import ConfigError, DataError, close_matches
 from .pretraining import pretrained_base, trained_base
 from .reporting import report
+from .sizes import share_or_bytes
 from .training import evaluate, fit
 
 
@@ -87,6 +88,42 @@ def train(experiment: Experiment, *, progress: bool = True) -> dict[str, dict[st
     report(bank, folder.report)
     (folder.root / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     return results
+
+
+def within_budget(experiment: Experiment, budget: str) -> Experiment:
+    """The same experiment with TAPS's own budget for each task.
+
+    Args:
+        experiment: whose method is ``taps``.
+        budget: a share of the base's parameters, ``10%``, or bytes, ``300kB``.
+
+    Raises:
+        ConfigError: another method, or no budget.
+    """
+    others = {experiment.method.name} | {
+        task.method.name for task in experiment.tasks.values() if task.method is not None
+    }
+    if others != {"taps"}:
+        raise ConfigError(
+            f"--budget is TAPS's; the experiment has the method {', '.join(sorted(others))}. Use "
+            "method: taps, or compare methods and plan: weft compare, weft plan."
+        )
+    options = {"budget": share_or_bytes(budget)}
+    return experiment.model_copy(
+        update={
+            "method": _with(experiment.method, options),
+            "tasks": {
+                name: task.model_copy(
+                    update={"method": task.method and _with(task.method, options)}
+                )
+                for name, task in experiment.tasks.items()
+            },
+        }
+    )
+
+
+def _with(section: MethodSection, options: Mapping[str, Any]) -> MethodSection:
+    return section.model_copy(update={"options": {**section.options, **options}})
 
 
 def _check_same(experiment: Experiment, name: str, facts: Mapping[str, Any]) -> None:

@@ -27,7 +27,27 @@ def size_in_bytes(text: str) -> int:
 
 def readable_size(size: int) -> str:
     """A number of bytes as people read it: ``1.25 MB``."""
-    for unit in ("GB", "MB", "KB"):
-        if abs(size) >= UNITS[unit]:
-            return f"{size / UNITS[unit]:.3g} {unit}"
+    for unit in ("GB", "MB", "kB"):
+        if abs(size) >= UNITS[unit.upper()]:
+            return f"{size / UNITS[unit.upper()]:.3g} {unit}"
     return f"{size} B"
+
+
+def share_or_bytes(text: str) -> float | int:
+    """A share as people write it, ``10%`` or ``0.1``, or a size, ``300kB``.
+
+    Returns:
+        A share in (0, 1], or a whole number of bytes.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%?)\s*", text)
+    if found is None:
+        return size_in_bytes(text)
+    number = float(found[1]) / (100 if found[2] else 1)
+    if 0 < number <= 1:
+        return number
+    if found[2] or number != int(number):
+        raise ConfigError(f"A share is more than 0 and at most 100 %, found '{text}'.")
+    return int(number)

@@ -242,3 +242,46 @@ def test_eval_before_training_names_the_missing_base(experiment: Path, weft_comm
     code, _, err = weft_command("eval", experiment, "--set", "pretrain.epochs=2")
     assert code == 2
     assert "The base is not trained yet" in " ".join(err.split())
+
+
+def test_train_within_a_budget(experiment: Path, weft_command) -> None:
+    code, out, _ = weft_command(
+        "train", experiment, "--budget", "50%", "--set", "train.epochs=6", "--json"
+    )
+    assert code == 0
+    assert all(row["own_fraction"] <= 0.5 for row in json.loads(out).values())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--budget", "10%", "--set", "method=lora"), "--budget is TAPS's"),
+        (("--budget", "110%"), "at most 100 %"),
+        (("--budget", "much"), "A size is a number"),
+        (("--budget", "10%", "--auto"), "leave out --budget"),
+        (("--plan", "plan.yaml"), "--plan stands alone"),
+    ],
+)
+def test_shortcuts_that_do_not_go_together(
+    experiment: Path, weft_command, options: tuple[str, ...], said: str
+) -> None:
+    code, _, err = weft_command("train", experiment, *options)
+    assert code == 2
+    assert said in " ".join(err.split())
+
+
+def test_train_needs_something_to_train(weft_command) -> None:
+    code, _, err = weft_command("train")
+    assert code == 2
+    assert "or --plan" in err
+
+
+def test_auto_lists_its_steps_and_climbs(experiment: Path, weft_command) -> None:
+    code, out, _ = weft_command("train", experiment, "--auto", "--dry-run", "--json")
+    assert code == 0
+    assert next(iter(json.loads(out))) == "linear_probe"
+    code, out, _ = weft_command(
+        "train", experiment, "--auto", "--patience", "1", "--threshold", "1000", "--json"
+    )
+    assert code == 0
+    assert {len(steps) for steps in json.loads(out).values()} == {2}

@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from weft.assembly import make_loaders, read_task
+from weft.bank import Bank
 from weft.bases import load_base
 from weft.comparing import compare, open_fleet
-from weft.errors import PlanError
-from weft.planning import assemble, plan
+from weft.errors import PlanError, TrainingError
+from weft.planning import assemble, plan, train_plan
 from weft.training import evaluate
 
 BASE = """
@@ -92,4 +95,57 @@ def test_a_plan_of_a_folder_is_that_of_its_table(
     assert by_folder.pop("comparison") == str(tmp_path / "run")
     assert by_table.pop("comparison") is None
     assert by_file.pop("comparison") is None
+    picked = {line["cell"] for line in by_folder["tasks"].values()}
+    assert set(by_folder.pop("cells")) == picked
+    assert by_table.pop("cells") == by_file.pop("cells") == {}
     assert by_folder == by_table == by_file
+
+
+def same_tensors(one: Bank, other: Bank, task: str) -> bool:
+    files = sorted((one.path / "tasks" / task).rglob("*.safetensors"))
+    others = sorted((other.path / "tasks" / task).rglob("*.safetensors"))
+    return [load_file(f).keys() for f in files] == [load_file(f).keys() for f in others] and all(
+        torch.equal(value, load_file(b)[key])
+        for a, b in zip(files, others, strict=True)
+        for key, value in load_file(a).items()
+    )
+
+
+def test_a_plan_is_trained_from_its_file_alone(comparison: dict[str, Any], tmp_path: Path) -> None:
+    compare(comparison, progress=False)
+    made = plan(comparison["output"], "3x")
+    file = made.write(tmp_path / "plan.yaml")
+    kept = train_plan(file, tmp_path / "kept", progress=False)
+    assert not (tmp_path / "kept" / "cells").exists()  # nothing had to be trained
+    Path(comparison["output"]).rename(tmp_path / "away")
+    trained = train_plan(file, tmp_path / "trained", progress=False)
+    assert set(trained.tasks()) == set(kept.tasks()) == {"a", "b", "c"}
+    for task in kept.tasks():
+        assert same_tensors(kept, trained, task)
+    results = sorted((tmp_path / "trained").glob("cells/*/result.json"))
+    times = [r.stat().st_mtime_ns for r in results]
+    train_plan(file, tmp_path / "trained", progress=False)
+    assert [r.stat().st_mtime_ns for r in results] == times
+
+
+def test_files_that_are_no_plans_are_refused(comparison: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="weft plan first"):
+        train_plan(tmp_path / "none.yaml")
+    (tmp_path / "other.yaml").write_text("base: {}")
+    with pytest.raises(PlanError, match="is no plan"):
+        train_plan(tmp_path / "other.yaml")
+    (tmp_path / "broken.yaml").write_text("{")
+    with pytest.raises(PlanError, match="is no plan"):
+        train_plan(tmp_path / "broken.yaml")
+    of_table = plan(compare(comparison, progress=False), "3x").write(tmp_path / "table.yaml")
+    with pytest.raises(PlanError, match="made from a table"):
+        train_plan(of_table)
+
+
+def test_a_training_that_fails_is_told(comparison: dict[str, Any], tmp_path: Path) -> None:
+    compare(comparison, progress=False)
+    file = plan(comparison["output"], "3x").write(tmp_path / "plan.yaml")
+    Path(comparison["output"]).rename(tmp_path / "away")
+    (tmp_path / "net.py").write_text("def make(): raise RuntimeError('no base today')")
+    with pytest.raises(TrainingError, match="no base today"):
+        train_plan(file, tmp_path / "trained", progress=False)

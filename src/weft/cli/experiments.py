@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,33 +11,92 @@ from rich.console import Console
 from rich.table import Table
 
 from weft.assembly import Folder
-from weft.config import read
+from weft.auto import Climb, climb, ladder
+from weft.comparing import dry_fleet
+from weft.config import Experiment, read
 from weft.dry_run import PlannedTask, dry_run
 from weft.errors import ConfigError
-from weft.experiment import evaluate_stored, train
+from weft.experiment import evaluate_stored, train, within_budget
 from weft.exporting import export
+from weft.planning import train_plan
+from weft.sizes import readable_size
 
 from .exporting import stored_task
 from .output import AsJson, Config, Overrides, out, plain, print_json
 
 
 def train_command(
-    config: Config,
+    config: Annotated[
+        Path | None, typer.Argument(help="The YAML file of the experiment; none with --plan.")
+    ] = None,
     overrides: Overrides = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(help="Train what weft plan chose, from its plan.yaml, in place of CONFIG."),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Of TAPS: what each task may own at most, 10% of the base or 300kB."),
+    ] = None,
+    auto: Annotated[
+        bool,
+        typer.Option("--auto", help="Cheap methods first; stop where a gain is within the noise."),
+    ] = False,
+    seeds: Annotated[int, typer.Option(min=2, help="Of --auto: trainings of each step.")] = 2,
+    threshold: Annotated[
+        float, typer.Option(min=0.0, help="Of --auto: standard errors that a gain must exceed.")
+    ] = 2.0,
+    patience: Annotated[
+        int, typer.Option(min=1, help="Of --auto: steps without a gain after which a task stops.")
+    ] = 2,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="Of --auto and --plan: trainings at the same time.")
+    ] = 1,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Of --plan: default 'chosen' beside the plan."),
+    ] = None,
     dry: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be owned; train nothing.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train the tasks of an experiment; store them; write a report."""
-    experiment = read(config, overrides or ())
-    if dry:
-        _show_plan(dry_run(experiment), as_json)
-        return
     try:
+        if plan is not None:
+            if config is not None or overrides or budget or auto or dry:
+                raise ConfigError("--plan stands alone: the plan says what is trained, and how.")
+            _train_plan(plan, output, jobs, as_json)
+            return
+        if config is None:
+            raise ConfigError("Give the YAML file of an experiment, or --plan.")
+        experiment = read(config, overrides or ())
+        if auto:
+            if budget is not None:
+                raise ConfigError("--auto chooses how much each task owns; leave out --budget.")
+            if dry:
+                _show_ladder(experiment, seeds, as_json)
+                return
+            told = None if as_json else lambda text: out.print(plain(text), highlight=False)
+            found = climb(
+                experiment,
+                seeds=seeds,
+                threshold=threshold,
+                patience=patience,
+                jobs=jobs,
+                progress=not as_json,
+                told=told,
+            )
+            _show_climb(experiment, found, as_json)
+            return
+        if budget is not None:
+            experiment = within_budget(experiment, budget)
+        if dry:
+            _show_plan(dry_run(experiment), as_json)
+            return
         results = train(experiment, progress=not as_json)
     except KeyboardInterrupt:
-        again = "Interrupted. Finished tasks are stored; run the same command again to go on."
+        again = "Interrupted. What is finished is stored; run the same command again to go on."
         Console(stderr=True).print(again)
         raise typer.Exit(130) from None
     if as_json:
@@ -45,6 +105,51 @@ def train_command(
     _show_results(results)
     folder = Folder(Path(experiment.output))
     out.print(f"Bank: {plain(str(folder.bank))}   Report: {plain(str(folder.report))}")
+
+
+def _train_plan(file: Path, output: Path | None, jobs: int, as_json: bool) -> None:
+    bank = train_plan(file, output, jobs=jobs, progress=not as_json)
+    if as_json:
+        print_json({"bank": str(bank.path), "tasks": list(bank.tasks())})
+    else:
+        out.print(f"Bank: {plain(str(bank.path))}, with {', '.join(map(plain, bank.tasks()))}")
+
+
+def _show_ladder(experiment: Experiment, seeds: int, as_json: bool) -> None:
+    planned = dry_fleet(ladder(experiment, seeds))
+    if as_json:
+        rows = {label: task.ledger for label, task in planned.items()}
+        print_json({k: None if led is None else led.to_dict() for k, led in rows.items()})
+        return
+    table = Table("step", "a task would own", title="In this order, while it pays")
+    for label, task in planned.items():
+        owns = plain(task.problem)
+        if (led := task.ledger) is not None:
+            upper = "at most " if led.open_gates[1] else ""
+            owns = f"{upper}{led.own_parameters:,} parameters, {readable_size(led.own_bytes)}"
+        table.add_row(plain(label), owns)
+    out.print(table)
+
+
+def _show_climb(experiment: Experiment, found: Climb, as_json: bool) -> None:
+    if as_json:
+        print_json({name: [asdict(step) for step in steps] for name, steps in found.steps.items()})
+        return
+    table = Table("task", "owns by", "validation", "test", "own bytes", "not paid for")
+    for name, step in found.chosen.items():
+        steps = found.steps[name]
+        later = [s for s in steps[steps.index(step) + 1 :] if s.gain is not None]
+        refused = [f"{s.method} ({s.gain:+.4f} ± {s.error:.4f})" for s in later]
+        table.add_row(
+            plain(name),
+            plain(step.method),
+            "-" if step.val is None else f"{step.val:.4f}",
+            "-" if step.test is None else f"{step.test:.4f}",
+            f"{step.own_bytes:,}",
+            plain("; ".join(refused) or "-"),
+        )
+    out.print(table)
+    out.print(f"Bank: {plain(str(found.bank.path))}   Steps: {plain(experiment.output)}/auto.yaml")
 
 
 def eval_command(

@@ -64,6 +64,16 @@ class Cell:
         """Whether it has a result."""
         return self.file(RESULT).is_file()
 
+    def document(self) -> dict[str, Any]:
+        """All that it is but its name and place, as plain values."""
+        return {
+            "label": self.label,
+            "changes": dict(self.changes),
+            "joint": self.joint,
+            "seed": self.seed,
+            "experiment": self.experiment.model_dump(mode="json", exclude={"output"}),
+        }
+
     def result(self) -> dict[str, Any] | None:
         """What it gave, or None if it is not finished.
 

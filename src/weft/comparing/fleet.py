@@ -269,17 +269,7 @@ def _check_data(comparison: Comparison, cells: Sequence[Cell]) -> None:
 
 def _write_document(fleet: Fleet) -> None:
     """What the folder is about, for those who read it later."""
-    cells = [
-        {
-            "name": cell.name,
-            "label": cell.label,
-            "changes": dict(cell.changes),
-            "joint": cell.joint,
-            "seed": cell.seed,
-            "experiment": cell.experiment.model_dump(mode="json", exclude={"output"}),
-        }
-        for cell in fleet.cells
-    ]
+    cells = [{"name": cell.name, **cell.document()} for cell in fleet.cells]
     # Without what was not stated: a method's training differs only in what is stated for it.
     comparison = fleet.comparison.model_dump(mode="json", exclude={"output"}, exclude_unset=True)
     put_json(fleet.root / DOCUMENT, {"comparison": comparison, "cells": cells})

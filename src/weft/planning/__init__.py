@@ -3,5 +3,6 @@
 from .assembling import assemble
 from .curve import plan_curve
 from .plans import Plan, plan
+from .training import train_plan
 
-__all__ = ["Plan", "assemble", "plan", "plan_curve"]
+__all__ = ["Plan", "assemble", "plan", "plan_curve", "train_plan"]

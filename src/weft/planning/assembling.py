@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from weft.assembly import load_experiment_base
 from weft.bank import Bank
 from weft.comparing import open_fleet
+from weft.comparing.cells import Cell
 from weft.errors import PlanError
 
 from .plans import Plan
@@ -37,12 +39,42 @@ def assemble(plan: Plan, path: str | Path) -> Bank:
     if len(bank):
         raise PlanError(f"{path} holds tasks already. Give a new folder.")
     cells = {cell.name: cell for cell in open_fleet(plan.comparison).cells}
+    picked = []
     for pick in plan.chosen.picks:
         name = pick.cells[pick.best_seed(heads=plan.question.heads)]
         if name not in cells or not cells[name].folder.bank.is_dir():
-            raise PlanError(f"The bundle of {name} is gone from {plan.comparison}.")
-        experiment = cells[name].experiment
-        base, _ = load_experiment_base(experiment)
-        kept = Bank(cells[name].folder.bank, create=False)
-        bank.save(kept.load(base, *pick.tasks, output=experiment.base.output), *pick.tasks)
+            raise PlanError(
+                f"The bundle of {name} is gone from {plan.comparison}. Train what was chosen anew: "
+                "weft train --plan."
+            )
+        picked.append(cells[name])
+    return gather(picked, bank)
+
+
+def gather(cells: Iterable[Cell], bank: Bank, *, replace: bool = False) -> Bank:
+    """Copy the tasks of finished cells into a bank; those that are there already stay.
+
+    Args:
+        cells: whose banks hold their tasks.
+        bank: to copy to.
+        replace: whether a task from elsewhere gives way.
+
+    Returns:
+        The bank.
+
+    Raises:
+        PlanError: the bank holds one of the tasks from elsewhere.
+        BankError: a file is damaged or cannot be written.
+    """
+    for cell in cells:
+        kept = Bank(cell.folder.bank, create=False)
+        there = [task for task in cell.tasks if task in bank]
+        same = [t for t in there if bank.info(t)["facts"] == kept.info(t)["facts"]]
+        if len(same) < len(there) and not replace:
+            other = next(task for task in there if task not in same)
+            raise PlanError(f"{bank.path} holds another '{other}'. Give a new folder.")
+        if len(same) < len(cell.tasks):
+            base, _ = load_experiment_base(cell.experiment)
+            output = cell.experiment.base.output
+            bank.save(kept.load(base, *cell.tasks, output=output), *cell.tasks)
     return bank

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, final
 
 import yaml
 
+from weft.comparing import open_fleet
 from weft.comparing.files import put
 from weft.errors import PlanError
 
@@ -88,7 +89,18 @@ class Plan:
             },
             "singles": [{**_scores(s), "fits": s.bytes <= self.budget} for s in self.singles],
             "left_out": dict(q.choices.left_out),
+            "cells": self._documents(),
         }
+
+    def _documents(self) -> dict[str, Any]:
+        """By name, the cells that were picked, so that they can be trained from this alone."""
+        if self.comparison is None:
+            return {}
+        known = {cell.name: cell for cell in open_fleet(self.comparison).cells}
+        names = [
+            pick.cells[pick.best_seed(heads=self.question.heads)] for pick in self.chosen.picks
+        ]
+        return {name: known[name].document() for name in names if name in known}
 
     def write(self, path: str | Path) -> Path:
         """Write the plan as YAML, or as JSON if the name ends so.

@@ -1,0 +1,319 @@
+"""Cheap methods first: for each task, stop paying where more bytes gain no more than noise.
+
+The steps are tried in the order of what a task would own. After each, a task's validation score is
+compared with the best one so far. ``patience`` steps in a row without a gain end its way; a dearer
+method may gain where a cheaper one did not, so one such step is not enough. A gain counts if it is
+larger than ``threshold`` standard errors, where
+
+    error^2 = (s_a^2 + s_b^2) / n + s_d^2 / m.
+
+s_a and s_b are the standard deviations over the n seeds of the two steps. For classification, s_d
+is the standard deviation over the m validation rows of the difference between the two steps in how
+often a row is right (mean over the seeds): a paired comparison, because both are scored on the same
+rows. Other tasks have the first part alone.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, final
+
+import torch
+import yaml
+
+from .assembly import load_experiment_base, make_loaders, read_task
+from .bank import Bank
+from .comparing import Comparison, Fleet, make_fleet, run_fleet
+from .comparing.cells import Cell
+from .comparing.config import MethodChoice
+from .comparing.files import put
+from .config import Experiment
+from .errors import ConfigError, TrainingError
+from .planning.assembling import gather
+
+LADDER = (
+    MethodChoice(name="linear_probe"),
+    MethodChoice(name="scale_bias"),
+    MethodChoice(name="taps", options={"budget": 0.1}),
+    MethodChoice(name="taps", options={"budget": 0.4}),
+    MethodChoice(name="full_finetune"),
+)
+"""The steps, from the fewest own bytes to the most."""
+
+
+@final
+@dataclass(frozen=True)
+class Step:
+    """One step of one task.
+
+    Args:
+        method: with its options.
+        val: mean validation score over the seeds; None if it could not be trained.
+        test: mean test score; None without test data.
+        own_bytes: the largest over the seeds.
+        gain: over the best step before; None for the first.
+        error: standard error of the gain.
+        said: what was decided, and why.
+    """
+
+    method: str
+    val: float | None
+    test: float | None
+    own_bytes: int | None
+    gain: float | None
+    error: float | None
+    said: str
+
+
+@final
+@dataclass(frozen=True)
+class Climb:
+    """What was tried for the tasks of an experiment.
+
+    Args:
+        bank: the best step of every task, of each the seed that is best on validation.
+        steps: by task, in order.
+        chosen: by task, the step that was kept.
+        metric: by task, the score's name.
+    """
+
+    bank: Bank
+    steps: Mapping[str, tuple[Step, ...]]
+    chosen: Mapping[str, Step]
+    metric: Mapping[str, str]
+
+
+@dataclass
+class _Task:
+    """A task on its way up."""
+
+    steps: list[Step] = field(default_factory=list)
+    best: list[Cell] = field(default_factory=list)
+    kept: Step | None = None
+    idle: int = 0
+
+
+def climb(
+    experiment: Experiment,
+    *,
+    seeds: int = 2,
+    threshold: float = 2.0,
+    patience: int = 2,
+    jobs: int = 1,
+    progress: bool = True,
+    told: Callable[[str], None] | None = None,
+) -> Climb:
+    """Train the tasks of an experiment by dearer and dearer methods, as long as it pays.
+
+    Every step is a part of a comparison in ``<output>/auto``: interrupted, it goes on when called
+    again, and `weft.report` shows it.
+
+    Args:
+        experiment: its base, tasks, data and training; its method is not used.
+        seeds: how often each step is trained, >= 2.
+        threshold: standard errors that a gain must exceed, >= 0.
+        patience: steps in a row without a gain after which a task stops, >= 1.
+        jobs: processes that train at the same time, >= 1.
+        progress: whether to show progress.
+        told: called with a sentence for each decision.
+
+    Returns:
+        What was tried and kept; ``<output>/bank`` and ``<output>/auto.yaml`` hold it.
+
+    Raises:
+        ConfigError: an option out of range, or an experiment that says more than this can use.
+        TrainingError: no step of a task could be trained.
+    """
+    _check(experiment, seeds, threshold, patience)
+    tasks = {name: _Task() for name in experiment.tasks}
+    comparison = None
+    for choice in LADDER:
+        going = tuple(name for name, task in tasks.items() if task.idle < patience)
+        if not going:
+            break
+        comparison = _comparison(experiment, comparison, choice, going, seeds)
+        fleet = make_fleet(comparison)
+        result = run_fleet(fleet, jobs=jobs, progress=progress)
+        fresh = _of_step(fleet, choice)
+        for name in going:
+            cells = [cell for cell in fresh if name in cell.tasks]
+            why = next((result.failed[c.name] for c in cells if c.name in result.failed), "")
+            said = _judge(name, tasks[name], cells, why, threshold)
+            if told is not None:
+                told(f"{name}: {said}")
+    lost = [name for name, task in tasks.items() if task.kept is None]
+    if lost:
+        reasons = "; ".join(f"{n}: {tasks[n].steps[-1].said}" for n in lost)
+        raise TrainingError(f"Nothing could be trained for {', '.join(lost)}. {reasons}")
+    root = Path(experiment.output)
+    best = [_best_cell(task.best, name) for name, task in tasks.items()]
+    bank = gather(best, Bank(root / "bank"), replace=True)
+    found = Climb(
+        bank,
+        {name: tuple(task.steps) for name, task in tasks.items()},
+        {name: task.kept for name, task in tasks.items() if task.kept is not None},
+        {name: _row(task.best[0], name)["metric"] for name, task in tasks.items()},
+    )
+    put(root / "auto.yaml", yaml.safe_dump(_plain(found, seeds, threshold)).encode())
+    return found
+
+
+def ladder(experiment: Experiment, seeds: int) -> Fleet:
+    """All steps of all tasks, for looking at before any training."""
+    comparison = None
+    for choice in LADDER:
+        comparison = _comparison(experiment, comparison, choice, tuple(experiment.tasks), seeds)
+    assert comparison is not None
+    return make_fleet(comparison)
+
+
+def _check(experiment: Experiment, seeds: int, threshold: float, patience: int) -> None:
+    if seeds < 2:
+        raise ConfigError(f"seeds: found {seeds}; noise is seen with 2 or more.")
+    if not 0 <= threshold < math.inf:
+        raise ConfigError(f"threshold: found {threshold}, expected a number of at least 0.")
+    if patience < 1:
+        raise ConfigError(f"patience: found {patience}, expected at least 1.")
+    if experiment.pretrain is not None:
+        raise ConfigError("pretrain: the cheap methods stand on the base as it is. Leave it out.")
+    for name, section in experiment.tasks.items():
+        if section.method is not None:
+            raise ConfigError(
+                f"tasks.{name}.method: the method is what is looked for. Leave it out."
+            )
+
+
+def _comparison(
+    experiment: Experiment,
+    before: Comparison | None,
+    choice: MethodChoice,
+    tasks: tuple[str, ...],
+    seeds: int,
+) -> Comparison:
+    """The steps so far and one more, for the tasks that go on."""
+    chosen = choice.model_copy(update={"tasks": tasks})
+    return Comparison(
+        base=experiment.base,
+        tasks=experiment.tasks,
+        methods=(*(() if before is None else before.methods), chosen),
+        seeds=tuple(range(seeds)),
+        data=experiment.data,
+        train=experiment.train,
+        output=str(Path(experiment.output) / "auto"),
+        seed=experiment.seed,
+    )
+
+
+def _of_step(fleet: Fleet, choice: MethodChoice) -> list[Cell]:
+    """The cells of one step."""
+    methods = [(cell, cell.experiment.method) for cell in fleet.cells]
+    return [c for c, m in methods if (m.name, m.options) == (choice.name, choice.options)]
+
+
+def _judge(
+    name: str,
+    task: _Task,
+    cells: Sequence[Cell],
+    failure: str,
+    threshold: float,
+) -> str:
+    """Add a step to a task, keep it if it pays, and say so."""
+    label = cells[0].label
+    if failure or not all(cell.finished for cell in cells):
+        step = Step(label, None, None, None, None, None, f"left out: {failure or 'not finished'}")
+        task.steps.append(step)
+        return f"{label} {step.said}"
+    rows = [_row(cell, name) for cell in cells]
+    val = statistics.fmean(row["scores"]["val"][row["metric"]] for row in rows)
+    tests = [row["scores"]["test"].get(row["metric"]) for row in rows]
+    test = None if None in tests else statistics.fmean(tests)
+    size = max(row["own_bytes"] for row in rows)
+    gain = error = None
+    if task.kept is None:
+        pays, said = True, f"{val:.4f} to begin with"
+    else:
+        gain, error = gain_and_error(name, task.best, cells)
+        pays = gain > threshold * error
+        what = "kept" if pays else "within the noise" if gain > -threshold * error else "worse"
+        said = f"{gain:+.4f}, standard error {error:.4f}: {what}"
+    step = Step(label, val, test, size, gain, error, said)
+    task.steps.append(step)
+    if pays:
+        task.kept, task.best, task.idle = step, list(cells), 0
+    else:
+        task.idle += 1
+    return f"{label} ({size:,} bytes) {said}"
+
+
+def gain_and_error(name: str, before: Sequence[Cell], after: Sequence[Cell]) -> tuple[float, float]:
+    """What a step gains on validation, and the standard error of that (see the module's head).
+
+    Args:
+        name: the task.
+        before: finished cells of one step, a seed each, at least 2.
+        after: likewise of the other, with as many seeds.
+    """
+    sign = 1.0 if _row(after[0], name)["higher_is_better"] else -1.0
+    scores = [[sign * _val(cell, name) for cell in cells] for cells in (before, after)]
+    gain = statistics.fmean(scores[1]) - statistics.fmean(scores[0])
+    squared = sum(statistics.variance(s) for s in scores) / len(before)
+    kind = before[0].experiment.tasks[name].kind
+    if kind == "classification" and _row(after[0], name)["metric"] == "accuracy":
+        right = [
+            torch.stack([correct(c, name) for c in cells]).mean(0) for cells in (before, after)
+        ]
+        difference = right[1] - right[0]
+        squared += float(difference.var()) / len(difference)
+    return gain, math.sqrt(squared)
+
+
+@torch.no_grad()
+def correct(cell: Cell, name: str) -> torch.Tensor:
+    """Which validation rows a finished cell has right, shape (rows,), 1 or 0."""
+    experiment = cell.experiment
+    base, stated = load_experiment_base(experiment)
+    loaders = make_loaders(experiment, name, read_task(experiment, name), stated)
+    bank = Bank(cell.folder.bank, create=False)
+    model = bank.load(base, *cell.tasks, output=experiment.base.output).eval()
+    found = [
+        (model(inputs, task=name).argmax(1) == targets).double()
+        for inputs, targets in loaders["val"]
+    ]
+    return torch.cat(found).cpu()
+
+
+def _row(cell: Cell, name: str) -> dict[str, Any]:
+    result = cell.result()
+    assert result is not None
+    row: dict[str, Any] = next(row for row in result["rows"] if row["task"] == name)
+    return row
+
+
+def _val(cell: Cell, name: str) -> float:
+    row = _row(cell, name)
+    return float(row["scores"]["val"][row["metric"]])
+
+
+def _best_cell(cells: Sequence[Cell], name: str) -> Cell:
+    """The seed that is best on validation."""
+    sign = 1.0 if _row(cells[0], name)["higher_is_better"] else -1.0
+    return max(cells, key=lambda cell: sign * _val(cell, name))
+
+
+def _plain(found: Climb, seeds: int, threshold: float) -> dict[str, Any]:
+    return {
+        "seeds": seeds,
+        "threshold": threshold,
+        "tasks": {
+            name: {
+                "chosen": found.chosen[name].method,
+                "metric": found.metric[name],
+                "steps": [asdict(step) for step in steps],
+            }
+            for name, steps in found.steps.items()
+        },
+    }

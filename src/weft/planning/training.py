@@ -1,0 +1,123 @@
+"""A plan trained: what was chosen, from its file alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from weft.bank import Bank
+from weft.comparing import Comparison, Fleet, run_fleet
+from weft.comparing.cells import Cell
+from weft.comparing.config import MethodChoice
+from weft.config import Experiment
+from weft.errors import PlanError, TrainingError
+from weft.schema import validated
+
+from .assembling import gather
+
+
+def train_plan(
+    plan: str | Path, output: str | Path | None = None, *, jobs: int = 1, progress: bool = True
+) -> Bank:
+    """Turn a plan into a bank: train what was chosen, each with its method, settings and seed.
+
+    What the comparison kept is taken as it is. Interrupted, it goes on when called again.
+
+    Args:
+        plan: the file that `weft.plan` wrote from the folder of a comparison.
+        output: the folder for training and bank; default ``chosen`` beside the plan.
+        jobs: processes that train at the same time, >= 1.
+        progress: whether to show progress.
+
+    Returns:
+        The bank, in ``output/bank``. Tasks that were trained together load together.
+
+    Raises:
+        PlanError: the file is no plan, or of a table.
+        TrainingError: a training failed.
+    """
+    file = Path(plan)
+    content = _read(file)
+    root = Path(output) if output is not None else file.parent / "chosen"
+    cells = _cells(content, root)
+    missing = [cell for cell in cells if not _kept(cell)]
+    if missing:
+        result = run_fleet(Fleet(_comparison(missing, root), tuple(missing)), jobs=jobs,
+                           progress=progress)  # fmt: skip
+        if result.failed:
+            reasons = "; ".join(f"{name}: {why}" for name, why in result.failed.items())
+            raise TrainingError(f"Not all of the plan could be trained. {reasons}")
+        if result.elsewhere:
+            raise TrainingError(
+                f"Another process trains {', '.join(result.elsewhere)}. Wait for it, and run again."
+            )
+    return gather(cells, Bank(root / "bank"))
+
+
+def _kept(cell: Cell) -> bool:
+    return cell.finished and cell.folder.bank.is_dir()
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        text = file.read_text(encoding="utf-8")
+        found = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+    except OSError as error:
+        raise PlanError(f"The plan cannot be read: {error}. Run weft plan first.") from error
+    except ValueError as error:
+        raise PlanError(f"{file} is no plan: {error}.") from error
+    except yaml.YAMLError as error:
+        raise PlanError(f"{file} is no plan: {error}.") from error
+    if not isinstance(found, dict) or "tasks" not in found or "budget_bytes" not in found:
+        raise PlanError(f"{file} is no plan. Give the plan.yaml that weft plan wrote.")
+    if not found.get("cells"):
+        raise PlanError(
+            f"{file} does not say how to train: it was made from a table, or by an older weft. Run "
+            "weft plan on the folder of the comparison."
+        )
+    return found
+
+
+def _cells(content: dict[str, Any], root: Path) -> list[Cell]:
+    """The cells of a plan: where the comparison kept them, else where they are to be trained."""
+    cells = []
+    for name, entry in content["cells"].items():
+        stated = validated(Experiment, {**entry["experiment"], "output": ""})
+        parts = {k: entry[k] for k in ("label", "changes", "joint", "seed")}
+        places = [root / "cells" / name]
+        if content.get("comparison"):
+            places.insert(0, Path(content["comparison"]) / "cells" / name)
+        made = [
+            Cell(name=name, experiment=stated.model_copy(update={"output": str(p)}), **parts)
+            for p in places
+        ]
+        cells.append(next((cell for cell in made if _kept(cell)), made[-1]))
+    return cells
+
+
+def _comparison(cells: list[Cell], root: Path) -> Comparison:
+    """The comparison that has just these cells."""
+    first = cells[0].experiment
+    choices = {}
+    for cell in cells:
+        method = cell.experiment.method
+        choices[cell.label] = MethodChoice(name=method.name, options=method.options)
+    tasks = {task: c.experiment.tasks[task] for c in cells for task in c.tasks}
+    return Comparison(
+        base=first.base,
+        tasks=tasks,
+        methods=tuple(
+            choice.model_copy(
+                update={"tasks": tuple(t for c in cells if c.label == label for t in c.tasks)}
+            )
+            for label, choice in choices.items()
+        ),
+        seeds=tuple(dict.fromkeys(cell.seed for cell in cells)),
+        data=first.data,
+        train=first.train,
+        output=str(root),
+        seed=first.seed,
+    )
