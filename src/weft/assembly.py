@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,8 @@ from .config import Experiment, MethodSection, TaskSection
 from .core.model import MultiTaskModel
 from .core.sharing import Sharing
 from .core.task import Task
-from .data import Augmentation, Loader, Preprocessing, TaskData, load, loader
-from .errors import ConfigError
+from .data import Augmentation, Loader, Preprocessing, TaskData, check, load, loader
+from .errors import ConfigError, DataWarning
 from .registry import METHODS, method, options_of
 from .tasks import task_from_spec
 
@@ -125,6 +126,22 @@ def read_task(experiment: Experiment, name: str) -> TaskData:
         test=section.test,
         image_size=section.image_size,
     )
+
+
+def warn_of_data(experiment: Experiment, sets: Mapping[str, TaskData]) -> None:
+    """Warn of what would make training or its scores worthless; every sample is read once.
+
+    Args:
+        experiment: whose tasks these are.
+        sets: by task, its data. Tasks with one source are looked at once.
+    """
+    seen: set[str] = set()
+    for name, data in sets.items():
+        source = experiment.tasks[name].data
+        if source not in seen:
+            seen.add(source)
+            for problem in check(data):
+                warnings.warn(f"Task '{name}': {problem}", DataWarning, stacklevel=2)
 
 
 def make_loaders(

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from .data import without_other_targets
 from .schema import Section, read_content, validated
 from .tasks import check_options
 
@@ -185,6 +186,17 @@ class Experiment(Section):
     @classmethod
     def _named(cls, value: Any) -> Any:
         return named_method(value)
+
+    @field_validator("tasks")
+    @classmethod
+    def _apart(cls, tasks: dict[str, TaskSection]) -> dict[str, TaskSection]:
+        return with_own_targets(tasks)
+
+
+def with_own_targets(tasks: Mapping[str, TaskSection]) -> dict[str, TaskSection]:
+    """The same tasks, none with another's target among its inputs."""
+    specs = without_other_targets({name: task.data for name, task in tasks.items()})
+    return {n: t.model_copy(update={"data": specs[n]}) for n, t in tasks.items()}
 
 
 def named_method(value: Any) -> Any:

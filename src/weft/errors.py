@@ -22,6 +22,10 @@ class DataError(WeftError, ValueError):
     """Data cannot be used: a wrong shape, a label outside the classes, an empty loader."""
 
 
+class DataWarning(UserWarning):
+    """Data can be used, but what comes of it may be worth little."""
+
+
 class LeaseError(WeftError, RuntimeError):
     """A view was rebound while a forward or a backward still needed its tensors."""
 

@@ -21,6 +21,7 @@ from .assembly import (
     read_data,
     read_task,
     resolved,
+    warn_of_data,
 )
 from .bank import Bank
 from .config import Experiment, MethodSection
@@ -53,6 +54,7 @@ def train(experiment: Experiment, *, progress: bool = True) -> dict[str, dict[st
     folder = Folder(Path(experiment.output))
     base, stated = load_experiment_base(experiment)
     sets = read_data(experiment)
+    warn_of_data(experiment, sets)
     every = {name: make_loaders(experiment, name, data, stated) for name, data in sets.items()}
     example = first_rows(every)
     if experiment.pretrain is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -285,3 +286,12 @@ def test_auto_lists_its_steps_and_climbs(experiment: Path, weft_command) -> None
     )
     assert code == 0
     assert {len(steps) for steps in json.loads(out).values()} == {2}
+
+
+def test_data_that_leaks_is_warned_of_before_training(experiment: Path, weft_command) -> None:
+    arrays = np.load(experiment.parent / "red.npz")
+    x, y = arrays["x"], arrays["y"]
+    np.savez(experiment.parent / "red.npz", x_train=x, y_train=y, x_test=x[:5], y_test=y[:5])
+    code, _, err = weft_command("train", experiment, "--dry-run")
+    assert code == 0
+    assert "warning: Task 'red': 5 of 5 inputs of test also occur in" in " ".join(err.split())

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
@@ -12,7 +13,7 @@ from rich.table import Table
 
 from weft.demo import run_demo
 from weft.doctor import examine
-from weft.errors import WeftError
+from weft.errors import DataWarning, WeftError
 from weft.registry import METHODS, options_of
 from weft.reporting import report as write_report
 
@@ -33,12 +34,34 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Run a verb; errors of weft are one message."""
-    try:
-        app(standalone_mode=True)
-    except WeftError as error:
-        Console(stderr=True).print(f"[red]error:[/red] {plain(str(error))}", highlight=False)
-        sys.exit(2)
+    """Run a verb; errors of weft are one message, and so are warnings about data."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", DataWarning)
+        others = warnings.showwarning
+
+        def show(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if issubclass(category, DataWarning):
+                _say("[yellow]warning:[/yellow]", str(message))
+            else:
+                others(message, category, filename, lineno, file, line)
+
+        warnings.showwarning = show
+        try:
+            app(standalone_mode=True)
+        except WeftError as error:
+            _say("[red]error:[/red]", str(error))
+            sys.exit(2)
+
+
+def _say(what: str, text: str) -> None:
+    Console(stderr=True).print(f"{what} {plain(text)}", highlight=False)
 
 
 @app.command()

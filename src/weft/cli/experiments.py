@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from weft.assembly import Folder
+from weft.assembly import Folder, read_data, warn_of_data
 from weft.auto import Climb, climb, ladder
 from weft.comparing import dry_fleet
 from weft.config import Experiment, read
@@ -92,6 +92,7 @@ def train_command(
         if budget is not None:
             experiment = within_budget(experiment, budget)
         if dry:
+            warn_of_data(experiment, read_data(experiment))
             _show_plan(dry_run(experiment), as_json)
             return
         results = train(experiment, progress=not as_json)

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
-from weft.config import BaseSection, DataSection, TaskSection, TrainSection
+from weft.config import BaseSection, DataSection, TaskSection, TrainSection, with_own_targets
 from weft.errors import ConfigError, close_matches
 from weft.registry import METHODS, options_of
 from weft.schema import Section, read_content, validated
@@ -144,7 +144,7 @@ class Comparison(Section):
                     f"'{name}' has a method of its own; methods are compared, say "
                     "them under methods"
                 )
-        return tasks
+        return with_own_targets(tasks)
 
     @model_validator(mode="after")
     def _known_and_different(self) -> Comparison:

@@ -15,6 +15,7 @@ from weft.assembly import (
     make_plan,
     needs_example,
     read_task,
+    warn_of_data,
 )
 from weft.config import Experiment, MethodSection
 from weft.dry_run import PlannedTask, dry_run
@@ -239,7 +240,11 @@ def compare(
 
 
 def dry_fleet(fleet: Fleet) -> dict[str, PlannedTask]:
-    """What a task would own by each method with its options, by label, before any training."""
+    """What a task would own by each method with its options, by label, before any training.
+
+    Warns of problems of the data.
+    """
+    _check_data(fleet.comparison, fleet.cells)
     planned = {}
     for cell in fleet.cells:
         if cell.label not in planned:
@@ -264,7 +269,7 @@ def _check_data(comparison: Comparison, cells: Sequence[Cell]) -> None:
     """Read the data of all cells once, so that a wrong folder is told before any work."""
     experiment = _experiment(comparison, MethodSection(name="linear_probe"))
     for name in dict.fromkeys(task for cell in cells for task in cell.tasks):
-        read_task(experiment, name)
+        warn_of_data(experiment, {name: read_task(experiment, name)})
 
 
 def _write_document(fleet: Fleet) -> None:

@@ -3,7 +3,7 @@
 from weft.data.checks import check
 from weft.data.loading import Loader, loader
 from weft.data.sets import ArrayData, Inputs, TaskData
-from weft.data.specs import READERS, Reader, load
+from weft.data.specs import READERS, Reader, load, without_other_targets
 from weft.data.splitting import stratified_split
 from weft.data.transforms import Augmentation, Preprocessing
 
@@ -20,4 +20,5 @@ __all__ = [
     "load",
     "loader",
     "stratified_split",
+    "without_other_targets",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import final
 
@@ -12,7 +12,7 @@ from weft.data.hub import read_hub
 from weft.data.images import read_imagefolder
 from weft.data.request import Request, split_spec
 from weft.data.sets import TaskData
-from weft.data.tables import read_csv
+from weft.data.tables import read_csv, read_parquet
 from weft.errors import DataError, close_matches
 
 
@@ -32,11 +32,13 @@ class Reader:
     form: str
 
 
+_TABLE_OPTIONS = ("target", "kind", "split", "drop")
 _ARRAY_OPTIONS = ("target", "kind", "classes", "where")
 
 READERS: dict[str, Reader] = {
     "imagefolder": Reader(read_imagefolder, (), "imagefolder:DIR"),
-    "csv": Reader(read_csv, ("target", "kind", "split", "drop"), "csv:FILE#target=COLUMN"),
+    "csv": Reader(read_csv, _TABLE_OPTIONS, "csv:FILE#target=COLUMN"),
+    "parquet": Reader(read_parquet, _TABLE_OPTIONS, "parquet:FILE#target=COLUMN"),
     "npz": Reader(read_npz, _ARRAY_OPTIONS, "npz:FILE"),
     "hf": Reader(read_hub, ("target", "input", "config", "kind"), "hf:PATH_OR_NAME"),
     "python": Reader(read_function, _ARRAY_OPTIONS, "python:FILE.py:FUNCTION"),
@@ -57,9 +59,9 @@ def load(
     stated seed; where only validation is missing, it is taken out of the training rows.
 
     Args:
-        spec: ``imagefolder:DIR``, ``csv:FILE#target=COLUMN``, ``npz:FILE``, ``hf:PATH_OR_NAME`` or
-            ``python:FILE.py:FUNCTION``, with ``#option=value&option=value`` where a reader has
-            options.
+        spec: ``imagefolder:DIR``, ``csv:FILE#target=COLUMN``, ``parquet:FILE#target=COLUMN``,
+            ``npz:FILE``, ``hf:PATH_OR_NAME`` or ``python:FILE.py:FUNCTION``, with
+            ``#option=value&option=value`` where a reader has options.
         seed: seed of the split.
         val: share of the samples for validation, 0 <= val < 1.
         test: share of the samples for the test split, 0 <= test < 1 - val.
@@ -103,3 +105,37 @@ def load(
             "Preprocessing(image_size=...)."
         )
     return data
+
+
+def without_other_targets(specs: Mapping[str, str]) -> dict[str, str]:
+    """Specs in which no task has another task's target as an input.
+
+    Tasks may read one table with a target column each. The targets of the others are dropped, so
+    that none of them sees an answer, and all have the same inputs.
+
+    Args:
+        specs: by task.
+
+    Returns:
+        The same, with ``drop=`` where several tasks read one table.
+    """
+    parts = {task: _taken_apart(spec) for task, spec in specs.items()}
+    targets: dict[tuple[str, str], list[str]] = {}
+    for prefix, path, options in parts.values():
+        if prefix in ("csv", "parquet") and "target" in options:
+            targets.setdefault((prefix, path), []).append(options["target"])
+    found = dict(specs)
+    for task, (prefix, path, options) in parts.items():
+        others = {t for t in targets.get((prefix, path), ()) if t != options.get("target")}
+        dropped = [name for name in options.get("drop", "").split(",") if name]
+        more = sorted(others - set(dropped))
+        if more:
+            changed = {**options, "drop": ",".join([*dropped, *more])}
+            joined = "&".join(f"{name}={value}" for name, value in changed.items())
+            found[task] = f"{prefix}:{path}#{joined}"
+    return found
+
+
+def _taken_apart(spec: str) -> tuple[str, str, dict[str, str]]:
+    prefix, _, rest = spec.partition(":")
+    return prefix, *split_spec(rest)

@@ -16,6 +16,7 @@ from weft.data.request import Request, listing
 from weft.data.sets import TaskData
 from weft.data.splitting import assemble, complete_splits
 from weft.data.targets import KINDS, read_targets
+from weft.errors import MissingExtra
 
 MISSING = frozenset({"", "na", "n/a", "nan", "null", "none", "?"})
 # A column of more values than this is an identifier or free text, not a category.
@@ -55,13 +56,8 @@ def encode_table(numeric: Tensor, codes: Tensor, train: Tensor) -> Tensor:
 def read_csv(request: Request) -> TaskData:
     """Read a table with a header line; the delimiter is the commonest of ``, ; tab`` in it.
 
-    Options: ``target=COLUMN`` (required); ``kind=classes|number``; ``split=COLUMN`` whose values
-    are train, val and test; ``drop=A,B`` columns to leave out. A column whose values are all
-    numbers or missing is standardised, any other is one-hot. A target of texts, or of whole
-    numbers with at most 20 distinct values, is a class; other numbers are a regression target.
-
     Args:
-        request: what was asked for; the path is the file.
+        request: what was asked for, with the options of `read_table`; the path is the file.
 
     Returns:
         The data of the task, inputs N x F float32.
@@ -69,7 +65,63 @@ def read_csv(request: Request) -> TaskData:
     Raises:
         DataError: missing file, columns or targets; ragged rows; columns that are no categories.
     """
-    header, cells = _read_cells(request, request.existing(folder=False))
+    return read_table(request, *_read_cells(request, request.existing(folder=False)))
+
+
+def read_parquet(request: Request) -> TaskData:
+    """Read a Parquet file as the table that it would be as CSV.
+
+    Args:
+        request: what was asked for, with the options of `read_table`; the path is the file.
+
+    Returns:
+        The data of the task, inputs N x F float32.
+
+    Raises:
+        DataError: missing file, columns or targets; columns that are no categories.
+        MissingExtra: pyarrow is not installed.
+    """
+    file = request.existing(folder=False)
+    try:
+        from pyarrow import ArrowException, types
+        from pyarrow import parquet as reader
+    except ImportError:
+        raise MissingExtra("Reading Parquet", "parquet") from None
+    try:
+        found = reader.read_table(file)
+    except (ArrowException, OSError) as error:
+        raise request.error(f"not a Parquet file: {error}.") from error
+    for field in found.schema:
+        if types.is_nested(field.type) or types.is_binary(field.type):
+            raise request.error(
+                f"column {field.name} holds {field.type}; expected numbers or texts. Write the "
+                "file without it, or with a column for each part."
+            )
+    if not found.num_rows:
+        raise request.error("found no rows; expected at least one.")
+    cells = [["" if v is None else str(v) for v in column.to_pylist()] for column in found.columns]
+    return read_table(request, list(found.column_names), np.array(cells, dtype=np.str_).T)
+
+
+def read_table(request: Request, header: Sequence[str], cells: npt.NDArray[np.str_]) -> TaskData:
+    """The data of a task in a table.
+
+    Options: ``target=COLUMN`` (required); ``kind=classes|number``; ``split=COLUMN`` whose values
+    are train, val and test; ``drop=A,B`` columns to leave out. A column whose values are all
+    numbers or missing is standardised, any other is one-hot. A target of texts, or of whole
+    numbers with at most 20 distinct values, is a class; other numbers are a regression target.
+
+    Args:
+        request: what was asked for.
+        header: names of the columns.
+        cells: N x columns texts.
+
+    Returns:
+        The data of the task, inputs N x F float32.
+
+    Raises:
+        DataError: missing columns or targets; columns that are no categories.
+    """
     columns = {name: cells[:, place] for place, name in enumerate(header)}
     target = request.options.get("target")
     if target is None:
