@@ -11,8 +11,10 @@ from .core.view import View
 from .errors import WeftError
 from .exporting import export
 from .joint import efficient_joint, pretrain
+from .merging import merge
 from .methods.adashare import adashare
 from .methods.baselines import bias_only, full_finetune, linear_probe
+from .methods.disparse import disparse
 from .methods.dynashare import dynashare
 from .methods.hard_sharing import hard_sharing
 from .methods.lora import lora
@@ -59,6 +61,7 @@ __all__ = [
     "bias_only",
     "compare",
     "depthwise_patch",
+    "disparse",
     "dynashare",
     "efficient_joint",
     "evaluate",
@@ -68,6 +71,7 @@ __all__ = [
     "hard_sharing",
     "linear_probe",
     "lora",
+    "merge",
     "method",
     "multiply_adds",
     "plan",

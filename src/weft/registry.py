@@ -16,6 +16,7 @@ from .core.sharing import Sharing
 from .errors import ConfigError, close_matches
 from .methods.adashare import adashare
 from .methods.baselines import bias_only, full_finetune, linear_probe
+from .methods.disparse import disparse
 from .methods.dynashare import dynashare
 from .methods.hard_sharing import hard_sharing
 from .methods.lora import lora
@@ -98,6 +99,12 @@ METHODS: dict[str, Method] = {
             Law.PROCESSES_AGREE: "each process draws samples of its own, of policies and of gates",
         },
         citations.DYNASHARE,
+    ),
+    "disparse": Method(
+        disparse,
+        "train one sparse network; a weight goes if every task lets it go (DiSparse)",
+        {Law.TASKS_ARE_ISOLATED: "the network trains with every task, and its masks are all tasks'"},
+        citations.DISPARSE,
     ),
     "full_finetune": Method(full_finetune, "own everything"),
 }

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from weft.assembly import make_loaders, read_task
@@ -104,6 +105,7 @@ def test_a_plan_of_a_folder_is_that_of_its_table(
 def same_tensors(one: Bank, other: Bank, task: str) -> bool:
     files = sorted((one.path / "tasks" / task).rglob("*.safetensors"))
     others = sorted((other.path / "tasks" / task).rglob("*.safetensors"))
+    assert files
     return [load_file(f).keys() for f in files] == [load_file(f).keys() for f in others] and all(
         torch.equal(value, load_file(b)[key])
         for a, b in zip(files, others, strict=True)
@@ -116,16 +118,51 @@ def test_a_plan_is_trained_from_its_file_alone(comparison: dict[str, Any], tmp_p
     made = plan(comparison["output"], "3x")
     file = made.write(tmp_path / "plan.yaml")
     kept = train_plan(file, tmp_path / "kept", progress=False)
-    assert not (tmp_path / "kept" / "cells").exists()  # nothing had to be trained
+    assert not (tmp_path / "kept" / "training").exists()  # nothing had to be trained
     Path(comparison["output"]).rename(tmp_path / "away")
     trained = train_plan(file, tmp_path / "trained", progress=False)
     assert set(trained.tasks()) == set(kept.tasks()) == {"a", "b", "c"}
     for task in kept.tasks():
         assert same_tensors(kept, trained, task)
-    results = sorted((tmp_path / "trained").glob("cells/*/result.json"))
+    results = sorted((tmp_path / "trained").glob("training/cells/*/result.json"))
     times = [r.stat().st_mtime_ns for r in results]
     train_plan(file, tmp_path / "trained", progress=False)
     assert [r.stat().st_mtime_ns for r in results] == times
+
+
+def test_paths_of_a_plan_are_seen_from_where_it_was_made(
+    comparison: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = tmp_path / "project"
+    project.mkdir()
+    for file in [tmp_path / "net.py", *tmp_path.glob("*.npz")]:
+        file.rename(project / file.name)
+    monkeypatch.chdir(project)
+    comparison |= {"base": {"name": "python:net.py:make"}, "output": "run"}
+    comparison["tasks"] = {name: {"data": f"npz:{name}.npz"} for name in "abc"}
+    comparison |= {"seeds": 1, "methods": ["linear_probe"], "train": {"epochs": 1}}
+    compare(comparison, progress=False)
+    plan("run", "2x").write("run/plan.yaml")
+    train_plan("run/plan.yaml", progress=False)
+    here = Bank(project / "run" / "chosen" / "bank")
+    assert not (project / "run" / "chosen" / "training").exists()
+
+    monkeypatch.chdir(tmp_path)
+    kept = train_plan(project / "run" / "plan.yaml", "kept", progress=False)
+    (project / "run" / "cells").rename(project / "gone")
+    trained = train_plan(project / "run" / "plan.yaml", "trained", progress=False)
+    for task in "abc":
+        assert same_tensors(here, kept, task)
+        assert same_tensors(here, trained, task)
+
+    project.rename(tmp_path / "moved")
+    with pytest.raises(PlanError, match=r"made in .*project, which is gone.*directory: PATH"):
+        train_plan("moved/run/plan.yaml", "again", progress=False)
+    moved = Path("moved/run/plan.yaml")
+    content = yaml.safe_load(moved.read_text())
+    moved.write_text(yaml.safe_dump({**content, "directory": ".."}))
+    again = train_plan(moved, "again", progress=False)
+    assert same_tensors(Bank("moved/run/chosen/bank"), again, "a")
 
 
 def test_files_that_are_no_plans_are_refused(comparison: dict[str, Any], tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from .documents import plain, tuples
 
 _FUNCTIONS = ("prepare", "each_epoch", "transition")
 _CORE = ("method", "options", "patches", "adapters", "created", "train_shared")
+_MASKS = ("masked", "head_buffers")
 
 
 def encode_patches(patches: Mapping[str, Patch]) -> list[dict[str, Any]]:
@@ -61,6 +62,8 @@ def encode_plan(plan: Sharing) -> dict[str, Any]:
         "groups": plain(groups, "groups"),
         "refused": plain(dict(plan.refused), "refused"),
     }
+    if plan.masked or plan.head_buffers:
+        entry |= {"masked": sorted(plan.masked), "head_buffers": list(plan.head_buffers)}
     if lost:
         return {**entry, "not_stored": lost}
     return {**entry, "phases": [_encode_phase(phase) for phase in plan.phases]}
@@ -101,6 +104,8 @@ def decode_plan(entry: Mapping[str, Any], created: Mapping[str, Tensor]) -> Shar
         else tuple(_decode_phase(phase) for phase in entry["phases"]),
         groups=tuple(Group(**{k: tuples(v) for k, v in g.items()}) for g in entry["groups"]),
         refused=entry["refused"],
+        masked=frozenset(entry.get("masked", ())),
+        head_buffers=tuple(entry.get("head_buffers", ())),
     )
 
 
@@ -201,4 +206,5 @@ class PlanShelf:
             except BankError:  # a plan that cannot be stored is none that was
                 self._entries[plan] = {}
         known = self._entries[plan]
-        return all(known.get(key) == entry[key] for key in _CORE)
+        alike = all(known.get(key) == entry[key] for key in _CORE)
+        return alike and all(known.get(key) == entry.get(key) for key in _MASKS)

@@ -20,6 +20,8 @@ from .files import get_json
 from .sources import mark, mark_of_path
 
 RESULT, FAILURE, LOCK, LOG = "result.json", "failure.json", "lock", "log.txt"
+CORRECT = "correct.safetensors"
+"""By task, which rows of validation are right: of classifications, for paired comparisons."""
 LONGEST = 100
 """Characters of a folder's readable part."""
 

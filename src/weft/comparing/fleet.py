@@ -137,6 +137,7 @@ def run_fleet(
     shard: tuple[int, int] = (1, 1),
     devices: Sequence[str] | None = None,
     progress: bool = True,
+    check_data: bool = True,
 ) -> FleetResult:
     """Run the cells that are not finished; whatever ends this, calling it again goes on.
 
@@ -146,6 +147,7 @@ def run_fleet(
         shard: ``(i, n)``: the i-th of n parts, counted from 1.
         devices: CUDA devices or "cpu", dealt to the processes in turn; default all that there are.
         progress: whether to show progress, on standard error.
+        check_data: whether to read all data first, and warn of its problems.
 
     Raises:
         ConfigError: jobs or shard out of range, or a device that is not there.
@@ -157,7 +159,8 @@ def run_fleet(
     dealt = check_devices(devices or ())
     mine = part_of(fleet.cells, shard)
     missing = [cell for cell in mine if not cell.finished]
-    _check_data(fleet.comparison, missing)
+    if check_data:
+        _check_data(fleet.comparison, missing)
     _write_document(fleet)
     failed: dict[str, str] = {}
     elsewhere: list[str] = []

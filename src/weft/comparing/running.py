@@ -11,6 +11,8 @@ from datetime import datetime, timezone
 from typing import Any
 
 import torch
+from safetensors.torch import save
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from weft.assembly import (
@@ -27,11 +29,12 @@ from weft.core.model import MultiTaskModel
 from weft.core.sites import named_tensors
 from weft.data import Loader
 from weft.training import History, evaluate, fit
-from weft.training.evaluation import choosing_scores, device_of
+from weft.training.batches import to_device
+from weft.training.evaluation import choosing_scores, device_of, modes_kept
 from weft.training.history import Epoch
 
-from .cells import FAILURE, LOG, RESULT, Cell, versions
-from .files import put_json
+from .cells import CORRECT, FAILURE, LOG, RESULT, Cell, versions
+from .files import put, put_json
 from .measuring import (
     bytes_on_disk,
     latency,
@@ -84,6 +87,9 @@ def run_cell(cell: Cell, on_epoch: OnEpoch) -> None:
         facts["seed"] = cell.seed
     bank = Bank(folder.bank)
     bank.save(model)
+    right = _correct(cell, model, loaders)
+    if right:
+        put(cell.file(CORRECT), save(right))
     about = {**_about(cell, model, device), **memory}
     model.eval()
     rows = [
@@ -92,6 +98,24 @@ def run_cell(cell: Cell, on_epoch: OnEpoch) -> None:
     wall = round(time.perf_counter() - began, 3)
     put_json(cell.file(RESULT), {"cell": cell.name, "wall_seconds": wall, "rows": rows})
     clear(cell)
+
+
+@torch.no_grad()
+def _correct(
+    cell: Cell, model: MultiTaskModel, loaders: Mapping[str, Mapping[str, Loader]]
+) -> dict[str, Tensor]:
+    """By task that is a classification, which rows of validation are right."""
+    device, found = device_of(model), {}
+    with modes_kept(model):
+        model.eval()
+        for name, section in cell.experiment.tasks.items():
+            if section.kind == "classification" and "val" in loaders[name]:
+                parts = [
+                    model(to_device(x, device), task=name).argmax(1).cpu() == y.cpu()
+                    for x, y in loaders[name]["val"]
+                ]
+                found[name] = torch.cat(parts).to(torch.uint8)
+    return found
 
 
 def clear(cell: Cell) -> None:

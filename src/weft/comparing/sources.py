@@ -26,6 +26,29 @@ def mark(spec: str) -> str:
     return mark_of_path(Path(path).expanduser())
 
 
+LOCAL = ("imagefolder", "csv", "parquet", "npz", "python")
+"""Prefixes whose specs always name a file or a folder."""
+
+
+def seen_from(spec: str, folder: Path) -> str:
+    """A spec whose relative path is one of another working directory, as it is said here.
+
+    Args:
+        spec: as for `mark`.
+        folder: where the relative path is seen from.
+
+    Returns:
+        The same spec if that is here, if its path is absolute, or if it names no file.
+    """
+    prefix, colon, rest = spec.partition(":")
+    path, _ = split_spec(rest)
+    if not colon or folder.resolve() == Path.cwd() or Path(path).expanduser().is_absolute():
+        return spec
+    if prefix not in LOCAL and not (folder / path).exists():
+        return spec
+    return f"{prefix}:{folder.resolve() / path}{rest[len(path) :]}"
+
+
 def mark_of_path(path: Path) -> str:
     """A hash of a file's content or of a folder's listing; "" if there is neither."""
     if path.is_file():

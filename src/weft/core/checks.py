@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from weft.errors import PlanError, close_matches
 
+from .masks import shared_key
 from .sharing import Sharing
 from .sites import canonical_names, check_names, named_tensors
 from .structure import SLOT
@@ -38,6 +39,12 @@ def check_plan(base: nn.Module, sharing: Sharing, trained: frozenset[str] = froz
             raise PlanError(
                 f"The patch of '{name}' by '{sharing.method}' is only right over a frozen base, "
                 "but that tensor trains for all tasks. Use the residual form."
+            )
+    for name in sharing.masked:
+        if name not in sharing.train_shared or shared_key(name) not in sharing.created:
+            raise PlanError(
+                f"'{sharing.method}' masks '{name}', which must train for all tasks and have a "
+                f"created mask '{shared_key(name)}'."
             )
     for key in sharing.created:
         if key in canonical:

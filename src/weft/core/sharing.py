@@ -131,6 +131,21 @@ class Turn:
 
 
 @dataclass(frozen=True)
+class Taken:
+    """An optimiser step that was just taken.
+
+    Args:
+        batches: by task, inputs and targets of the step's last batch.
+        refused: tasks whose loss was over the phase's limit or not a number.
+        done: the share of the phase's optimiser steps that are done, in (0, 1].
+    """
+
+    batches: Mapping[str, tuple[Any, Any]]
+    refused: frozenset[str]
+    done: float
+
+
+@dataclass(frozen=True)
 class Phase:
     """A stretch of training: what trains, on which data, at which price, for how long.
 
@@ -149,15 +164,20 @@ class Phase:
             begins, from the values it had when training began: tensors, running statistics, heads.
             The optimiser forgets them, and the learning rate runs through its schedule anew.
         selectable: whether its epochs may be kept as the best one.
-        prepare: run before the phase with the model and the training data by task, for
-            data-dependent initialisation or saliency.
+        prepare: run before the phase with the model and the training data by task, batches
+            ``(x, y)`` on the model's device, for data-dependent initialisation or saliency.
         required: whether ``prepare`` also runs at the end of a run that stops before the phase.
         each_epoch: run before each of its epochs with the model, the tasks in the phase, the
             epoch's number within the phase, from 0, and the phase's epochs; for schedules of what
             adapters hold in buffers.
         transition: run at its end (or every ``every`` steps) with the model, the own tensors by
             task and their gradients, for instance to drop and grow a mask.
-        every: steps between transitions, or None for once at the end.
+        every: steps between transitions or reviews, or None for once at the end.
+        review: run when a transition would be, with the model and what the step saw, in grad mode,
+            for what needs the data or the losses of single tasks, such as growing a mask; it
+            returns tensors of which the optimiser forgets what it remembers.
+        loss_limit: a task whose loss in a step is over it, or not a number, does not count in that
+            step, and `review` is told of it.
 
     Raises:
         PlanError: turns are given together with what they replace.
@@ -189,6 +209,8 @@ class Phase:
         | None
     ) = None
     every: int | None = None
+    review: Callable[[MultiTaskModel, Taken], Iterable[Tensor]] | None = None
+    loss_limit: float | None = None
 
     def __post_init__(self) -> None:
         if self.turns and self._whole != Turn(self.name):
@@ -257,6 +279,10 @@ class Sharing:
         phases: the stretches of training, in order.
         groups: recommended optimiser groups.
         refused: sites that the method was asked for and left out, with the reason.
+        masked: those of ``train_shared`` of which only some entries train; the others are zero. A
+            created tensor says which, see `weft.core.masks`.
+        head_buffers: buffers that a task owns for every weight of the layers of its head, "keep"
+            for a mask; see `weft.core.masks`.
     """
 
     method: str
@@ -269,6 +295,8 @@ class Sharing:
     phases: tuple[Phase, ...] = (Phase("train"),)
     groups: tuple[Group, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
+    masked: frozenset[str] = frozenset()
+    head_buffers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("options", "patches", "adapters", "created", "refused"):
@@ -287,6 +315,8 @@ class Sharing:
             self.phases,
             self.groups,
             dict(self.refused),
+            self.masked,
+            self.head_buffers,
         )
         return (Sharing, values)
 

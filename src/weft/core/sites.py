@@ -180,6 +180,14 @@ def everything(base: nn.Module) -> frozenset[str]:
     return frozenset(name for s in sites(base) for name in s.parameters + s.statistics)
 
 
+def layer_weights(module: nn.Module) -> tuple[str, ...]:
+    """Names of the weights of convolutions and other layers: no biases, no normalisation."""
+    shapes = {name: p.dim() for name, p in module.named_parameters()}
+    layers = [s for s in sites(module) if s.kind in (Kind.LAYER, Kind.DEPTHWISE) and not s.refusal]
+    found = [n for s in layers for n in s.parameters if shapes[n] > 1]
+    return tuple(dict.fromkeys(n for n in found if "bias" not in n.rpartition(".")[2]))
+
+
 def _kind(module: nn.Module) -> Kind:
     if isinstance(module, _ConvNd):
         depthwise = module.groups > 1 and module.groups == module.in_channels

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from weft.errors import PlanError, TaskError
 
+from .masks import head_buffers
 from .patch import Patch
 from .sharing import Sharing
 from .sites import named_tensors
@@ -128,6 +129,8 @@ class TaskState(nn.Module):
     def set_head(self, head: nn.Module | None) -> None:
         """Install the head; from now on it belongs to the model."""
         self.head = head
+        for key, buffer in head_buffers(head, self.sharing.head_buffers).items():
+            self.own.setdefault(key, buffer)
         self.head_is_built = True
 
     def build_head(self, features: Tensor, like: Tensor) -> None:

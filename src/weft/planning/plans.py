@@ -73,6 +73,7 @@ class Plan:
         q = self.question
         return {
             "comparison": None if self.comparison is None else str(self.comparison),
+            "directory": str(Path.cwd()),  # where relative paths in here are seen from
             "budget_bytes": self.budget,
             "base_bytes": q.choices.base_bytes,
             "counted": "own and shared bytes" + (" and heads" if q.heads else ", without heads"),

@@ -40,8 +40,8 @@ def tasks_of(parts: Parts) -> list[str]:
     return [part.removeprefix("task:") for part in parts if part != SHARED]
 
 
-def _parts(model: MultiTaskModel, tasks: tuple[str, ...]) -> Parts:
-    """The tensors themselves."""
+def changing(model: MultiTaskModel, tasks: tuple[str, ...]) -> Parts:
+    """All tensors that fitting these tasks can change, themselves, by part and name."""
     parts = {part_of(task): dict(named_tensors(model.tasks[task])) for task in tasks}
     if any(model.plan(task) is model.sharing for task in tasks) and model.sharing.trains_shared:
         names = model.sharing.train_shared
@@ -54,7 +54,7 @@ def snapshot(model: MultiTaskModel, tasks: tuple[str, ...]) -> Parts:
     """Copies of all that fitting these tasks can change."""
     return {
         part: {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
-        for part, tensors in _parts(model, tasks).items()
+        for part, tensors in changing(model, tasks).items()
     }
 
 
@@ -70,7 +70,7 @@ def restore(model: MultiTaskModel, tasks: tuple[str, ...], copies: Parts) -> Non
     Raises:
         TrainingError: they are of other tensors; nothing has changed then.
     """
-    parts = _parts(model, tasks)
+    parts = changing(model, tasks)
     for part, tensors in copies.items():
         was = {name: tensor.shape for name, tensor in tensors.items()}
         now = {name: tensor.shape for name, tensor in parts.get(part, {}).items()}
@@ -102,7 +102,7 @@ def put_back(
         The tensors that were put back.
     """
     changed = []
-    for part, tensors in _parts(model, tasks).items():
+    for part, tensors in changing(model, tasks).items():
         for name, tensor in tensors.items():
             key = _key(part, name)
             if key is None or not freeze(key):

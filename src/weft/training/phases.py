@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,8 @@ from weft.core.model import MultiTaskModel
 from weft.core.sharing import Phase, Turn
 from weft.errors import TrainingError
 
-from .batches import Loader
+from .batches import Loader, split_batch, to_device
+from .evaluation import device_of
 from .loaders import share_of_process, slice_loader
 from .processes import Processes
 from .schedule import divide, phase_of_each_epoch
@@ -32,6 +34,26 @@ class Stretch:
 
     steps: int
     turns: Mapping[str, Turn]
+
+
+@final
+class Prepared:
+    """Training batches as phases are prepared from them: ``(x, y)`` on a device.
+
+    Args:
+        loader: the batches.
+        task: the task's name.
+        device: where to.
+    """
+
+    def __init__(self, loader: Loader, task: str, device: torch.device) -> None:
+        self._loader = loader
+        self._task = task
+        self._device = device
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        for batch in self._loader:
+            yield to_device(split_batch(batch, self._task), self._device)
 
 
 class Phases:
@@ -175,7 +197,9 @@ class Phases:
     def _prepare(self, phase: Phase, tasks: list[str]) -> None:
         if phase.prepare is not None:
             data = phase.parts[0].data
-            phase.prepare(self._model, {task: self._part(task, data) for task in tasks})
+            device = device_of(self._model)
+            parts = {task: Prepared(self._part(task, data), task, device) for task in tasks}
+            phase.prepare(self._model, parts)
 
     def begin(self, stretch: Stretch) -> None:
         """Let each task's turn say what trains."""
@@ -212,20 +236,41 @@ class Phases:
             update: the optimiser step, counted from 0 in each epoch.
         """
         for phase, tasks in _tasks_of_each(self.of(epoch)):
-            if phase.transition is None:
-                continue
-            start, course = self._start(tasks[0], phase), self._course[tasks[0]]
-            if phase.every is None:
-                last = epoch + 1 == len(course) or course[epoch + 1] is not phase
-                due = last and update + 1 == self._updates[epoch]
-            else:
-                due = (sum(self._updates[start:epoch]) + update + 1) % phase.every == 0
-            if due:
+            if phase.transition is not None and self._is_due(phase, tasks[0], epoch, update):
                 own: dict[str, Mapping[str, Tensor]]
                 own = {task: dict(self._model.tasks[task].own) for task in tasks}
                 gradients = {task: {k: t.grad for k, t in own[task].items()} for task in tasks}
                 with torch.no_grad():
                     phase.transition(self._model, own, gradients)
+
+    def reviews(self, epoch: int, update: int) -> list[tuple[Phase, list[str], float]]:
+        """The phases that review an update, their tasks, and how much of each phase is done.
+
+        Args:
+            epoch: the epoch.
+            update: the optimiser step, counted from 0 in each epoch.
+        """
+        found = []
+        for phase, tasks in _tasks_of_each(self.of(epoch)):
+            if phase.review is not None and self._is_due(phase, tasks[0], epoch, update):
+                done, whole = self._steps_of(phase, tasks[0], epoch, update)
+                found.append((phase, tasks, done / whole))
+        return found
+
+    def limits(self, epoch: int) -> dict[str, float]:
+        """By task, the loss over which it does not count in a step."""
+        limits = {task: phase.loss_limit for task, phase in self.of(epoch).items()}
+        return {task: limit for task, limit in limits.items() if limit is not None}
+
+    def _steps_of(self, phase: Phase, task: str, epoch: int, update: int) -> tuple[int, int]:
+        """How many optimiser steps of a phase are done after an update, and how many it has."""
+        start = self._start(task, phase)
+        end = start + sum(p is phase for p in self._course[task])
+        return sum(self._updates[start:epoch]) + update + 1, sum(self._updates[start:end])
+
+    def _is_due(self, phase: Phase, task: str, epoch: int, update: int) -> bool:
+        done, whole = self._steps_of(phase, task, epoch, update)
+        return done == whole if phase.every is None else done % phase.every == 0
 
 
 def _tasks_of_each(phases: Mapping[str, Phase]) -> list[tuple[Phase, list[str]]]:

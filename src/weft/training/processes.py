@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast, broadcast_object_list
 from torch import Tensor
 
 Value = TypeVar("Value")
@@ -47,6 +47,13 @@ class Processes:
         values = [value]
         broadcast_object_list(values)
         return values[0]
+
+    @torch.no_grad()
+    def copy_first(self, tensors: Iterable[Tensor]) -> None:
+        """Give tensors the values that they have in the first process, in place."""
+        if self.count > 1:
+            for tensor in tensors:
+                tensor.copy_(broadcast(tensor.detach(), from_process=0))
 
     @torch.no_grad()
     def average(self, tensors: Iterable[Tensor]) -> None:

@@ -11,11 +11,12 @@ from typing import Any
 from accelerate import Accelerator
 
 from weft.core.model import MultiTaskModel
+from weft.core.sharing import Taken
 from weft.core.together import SharedInputs
 from weft.errors import TrainingError
 
-from .batches import Loader, Reader, to_device
-from .checkpoint import put_back, restore, snapshot
+from .batches import Batches, Loader, Reader, to_device
+from .checkpoint import changing, put_back, restore, snapshot
 from .evaluation import Scores, choosing_scores, evaluate, together_scores
 from .history import Callback, Epoch, History, Row
 from .loaders import reseed
@@ -177,6 +178,7 @@ class Run:
                 self._updates.forget(changed)
         seed_everything(derived_seed(seed, epoch))  # all processes prepare a phase alike
         self._phases.enter(epoch)
+        self._updates.settle()
         seed_everything(derived_seed(seed, epoch, "process", self._processes.index))
         return seeds
 
@@ -194,13 +196,16 @@ class Run:
         self.model.train()
         self._updates.forget_gradients()
         done, updates = 0, 0
+        refused: set[str] = set()
         reader = Reader(seeds)
         for stretch in self._phases.stretches(self.epoch):
             self._phases.begin(stretch)
-            for figures, boundary in self._stretch(stretch, reader, done):
+            for figures, batches, boundary in self._stretch(stretch, reader, done):
+                refused |= figures.refused
                 if boundary:
-                    self._update(updates)
+                    self._update(updates, batches, refused)
                     updates += 1
+                    refused.clear()
                 numbers = (figures.total, figures.penalty, *figures.losses.values())
                 sums = [a + b for a, b in zip(sums, numbers, strict=True)]
                 display.step(figures.losses)
@@ -210,8 +215,9 @@ class Run:
 
     def _stretch(
         self, stretch: Stretch, reader: Reader, done: int
-    ) -> Iterator[tuple[Figures, bool]]:
-        """Forward and backward of a stretch's steps; whether an optimiser step is due after each.
+    ) -> Iterator[tuple[Figures, Batches, bool]]:
+        """Forward and backward of a stretch's steps, what they saw, and whether an optimiser step
+        is due.
 
         Args:
             stretch: which turns.
@@ -220,6 +226,7 @@ class Run:
         """
         steps, accumulate = stretch.steps, self._set.accumulate
         charge = {task: turn.penalty for task, turn in stretch.turns.items()}
+        limits = self._phases.limits(self.epoch)
         loaders = self._phases.loaders(stretch)
         for index, batches in enumerate(reader.together(loaders, steps)):
             batches = to_device(batches, self._accelerator.device)
@@ -230,11 +237,11 @@ class Run:
             for portion, later in self._portions(batches):
                 wait = not boundary or later
                 with self._accelerator.no_sync(self._step) if wait else nullcontext():
-                    result = self._step(portion, charge, later)
+                    result = self._step(portion, charge, later, limits)
                     found.append(figures_of(result))
                     self._check_finite(found[-1], portion, number)
                     self._accelerator.backward(result["total"] / size)
-            yield sum_of(found), boundary
+            yield sum_of(found), batches, boundary
 
     def _portions(
         self, batches: Mapping[str, tuple[Any, Any]]
@@ -255,13 +262,27 @@ class Run:
             elsewhere = f"The loss of another process at step {step} is not finite."
             raise TrainingError(problem or elsewhere)
 
-    def _update(self, update: int) -> None:
-        """One optimiser step, the ``update``-th of the epoch."""
+    def _update(self, update: int, batches: Batches, refused: Collection[str]) -> None:
+        """One optimiser step, the ``update``-th of the epoch, and what follows from it."""
         if self._updates.done == 0:
             check_reached(self.model, self.tasks)
         self._updates()
         self._phases.after_update(self.epoch, update)
         self._updates.forget_gradients()
+        self._review(update, batches, refused)
+
+    def _review(self, update: int, batches: Batches, refused: Collection[str]) -> None:
+        """Let phases act on what a step saw; processes go on alike from it."""
+        reviews = self._phases.reviews(self.epoch, update)
+        for phase, tasks, done in reviews:
+            assert phase.review is not None
+            agreed = frozenset(task for task in tasks if self._processes.any(task in refused))
+            taken = Taken({task: batches[task] for task in tasks}, agreed, done)
+            self._updates.forget(phase.review(self.model, taken))
+        if reviews:
+            parts = changing(self.model, self.tasks).values()
+            self._processes.copy_first(tensor for part in parts for tensor in part.values())
+            self._updates.settle()
 
     def _average_statistics(self) -> None:
         """Make running statistics one over processes: each saw its own part of the batches.

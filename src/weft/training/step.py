@@ -63,8 +63,9 @@ class TrainingStep(nn.Module):
         batches: Mapping[str, tuple[Any, Any]],
         charge: Mapping[str, float],
         later: bool | None = None,
+        limits: Mapping[str, float] | None = None,
     ) -> dict[str, Any]:
-        """``{"total": ..., "losses": {task: ...}, "penalty": ...}`` of one step.
+        """``{"total": ..., "losses": {task: ...}, "penalty": ..., "refused": ...}`` of one step.
 
         The total is the sum of the tasks' losses and the penalty: what to differentiate.
 
@@ -73,6 +74,7 @@ class TrainingStep(nn.Module):
             charge: by task of the step, the factor on its plan's penalties.
             later: for a step in portions, whether other tasks of it are still to come; the last
                 portion charges for all of them.
+            limits: by task, the loss over which, or without which, it counts as zero.
         """
         inputs = {task: x for task, (x, _) in batches.items()}
         if later is None:
@@ -85,9 +87,24 @@ class TrainingStep(nn.Module):
             task: loss_of(self.model.tasks[task].task, task, step.outputs[task], y)
             for task, (_, y) in batches.items()
         }
-        weighted = [loss * self.weights.get(task, 1.0) for task, loss in losses.items()]
+        refused = {t for t, most in (limits or {}).items() if t in losses and over(losses[t], most)}
+        counted = {t: self._zero(t) if t in refused else loss for t, loss in losses.items()}
+        weighted = [loss * self.weights.get(task, 1.0) for task, loss in counted.items()]
         total = sum(weighted[1:], start=weighted[0]) + step.penalty
-        return {"total": total, "losses": losses, "penalty": step.penalty}
+        # What is not differentiated must not look to other processes as if it were.
+        losses |= {task: losses[task].detach() for task in refused}
+        return {"total": total, "losses": losses, "penalty": step.penalty, "refused": refused}
+
+    def _zero(self, task: str) -> Tensor:
+        """Zero, as a loss on which all depends that trains with the task."""
+        mine = self.model.task_parameters(task)
+        trained = [*mine, *self.model.shared_trainable().values()]
+        return torch.stack([(p * 0.0).sum() for p in trained]).sum()
+
+
+def over(loss: Tensor, limit: float) -> bool:
+    """Whether a loss is over a limit, or not a number."""
+    return not bool(loss.detach() <= limit)
 
 
 @dataclass(frozen=True)
@@ -98,11 +115,13 @@ class Figures:
         total: what was differentiated.
         penalty: the plans' charges, over all tasks.
         losses: by task.
+        refused: tasks that did not count.
     """
 
     total: float
     penalty: float
     losses: dict[str, float]
+    refused: frozenset[str] = frozenset()
 
 
 def figures_of(result: Mapping[str, Any]) -> Figures:
@@ -111,13 +130,15 @@ def figures_of(result: Mapping[str, Any]) -> Figures:
     total: Tensor = result["total"].detach()
     values = [total, result["penalty"], *losses.values()]
     numbers = torch.stack([v.detach().to(total.dtype) for v in values]).tolist()
-    return Figures(numbers[0], numbers[1], dict(zip(losses, numbers[2:], strict=True)))
+    by_task = dict(zip(losses, numbers[2:], strict=True))
+    return Figures(numbers[0], numbers[1], by_task, frozenset(result["refused"]))
 
 
 def sum_of(portions: Sequence[Figures]) -> Figures:
     """The numbers of a step that was computed in portions."""
     losses = {task: loss for part in portions for task, loss in part.losses.items()}
-    return Figures(sum(p.total for p in portions), portions[-1].penalty, losses)
+    refused = frozenset[str]().union(*(part.refused for part in portions))
+    return Figures(sum(p.total for p in portions), portions[-1].penalty, losses, refused)
 
 
 def problem_with(figures: Figures, batches: Mapping[str, tuple[Any, Any]], step: int) -> str | None:

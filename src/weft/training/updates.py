@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from weft.core.masks import masked
 from weft.core.model import MultiTaskModel
 from weft.errors import ConfigError, PlanError, TrainingError
 
@@ -57,6 +59,7 @@ class Updates:
                 "head has no parameters that train."
             )
         self.parameters: list[nn.Parameter] = [p for group in groups for p in group["params"]]
+        self._masked = masked(model, tasks)
         self._clip = settings.clip
         self._lr = settings.lr
         self._accelerator = accelerator
@@ -85,6 +88,9 @@ class Updates:
         groups = zip(self._inner.param_groups, self._rates, self._leading, strict=True)
         for group, rate, task in groups:
             group["lr"] = rate * self._factors[task](self.done)
+        for weight, mask in self._masked:
+            if weight.grad is not None:
+                weight.grad.mul_(mask)
         if self._clip is not None:
             self._accelerator.clip_grad_norm_(self.parameters, self._clip)
         elif self._accelerator.scaler is not None:
@@ -101,6 +107,18 @@ class Updates:
         """Drop all gradients."""
         for parameter in self.parameters:
             parameter.grad = None
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Let what masks leave out be zero, and the optimiser remember nothing of it.
+
+        With gradients that are masked it stays so until the masks change.
+        """
+        for weight, mask in self._masked:
+            remembered = self._inner.state.get(weight, {}).values()
+            for tensor in (weight, *remembered):
+                if isinstance(tensor, Tensor) and tensor.shape == weight.shape:
+                    tensor.masked_fill_(~mask, 0)
 
     def forget(self, tensors: Iterable[Tensor]) -> None:
         """Drop what the optimiser remembers of some tensors."""
