@@ -21,6 +21,7 @@ from .banks import bank_app
 from .comparing import compare_command
 from .experiments import eval_command, fold, train_command
 from .exporting import export_command
+from .merging import merge_command
 from .output import AsJson, out, plain, print_json
 from .planning import plan_command
 from .serving import serve
@@ -140,6 +141,7 @@ app.command("eval")(eval_command)
 app.command("compare")(compare_command)
 app.command("plan")(plan_command)
 app.command("fold")(fold)
+app.command("merge")(merge_command)
 app.command("serve")(serve)
 app.command("export")(export_command)
 app.add_typer(bank_app, name="bank")
