@@ -14,8 +14,10 @@ from weft.assembly import load_experiment_base, make_loaders, read_task
 from weft.auto import climb, correct, gain_and_error, ladder
 from weft.bank import Bank
 from weft.comparing import make_fleet, open_fleet, run_fleet
-from weft.config import Experiment
-from weft.errors import ConfigError
+from weft.comparing.locks import held
+from weft.config import Experiment, MethodSection
+from weft.errors import ConfigError, TrainingError
+from weft.experiment import train
 from weft.schema import validated
 
 BASE = """
@@ -52,11 +54,14 @@ def experiment(tmp_path: Path) -> Experiment:
     )
 
 
-def test_a_task_climbs_only_while_it_pays(experiment: Experiment) -> None:
+def test_a_task_climbs_only_while_it_pays(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weft.auto, "LADDER", weft.auto.LADDER[::2])
     told: list[str] = []
-    short = climb(experiment, threshold=4.0, patience=2, progress=False)
-    assert {len(steps) for steps in short.steps.values()} == {3}
-    found = climb(experiment, threshold=4.0, patience=4, progress=False, told=told.append)
+    short = climb(experiment, threshold=4.0, patience=1, progress=False)
+    assert {len(steps) for steps in short.steps.values()} == {2}
+    found = climb(experiment, threshold=4.0, patience=2, progress=False, told=told.append)
     assert found.chosen["head"].method == "linear_probe"
     assert found.chosen["layers"].own_bytes
     assert found.chosen["layers"].val > found.steps["layers"][0].val + 0.2
@@ -67,11 +72,16 @@ def test_a_task_climbs_only_while_it_pays(experiment: Experiment) -> None:
     assert found.bank.ledger("layers").own_bytes > 0
     stated = yaml.safe_load((Path(experiment.output) / "auto.yaml").read_text())
     assert stated["tasks"]["head"]["chosen"] == "linear_probe"
+    said = stated["tasks"]["head"]["said"]
+    assert said == found.summary("head")
+    assert said.startswith("head owns 0 bytes by linear_probe. Not worth their bytes: taps budget=0.1")
+    assert " over the best cheaper step" in found.summary("layers")
 
 
 def test_again_nothing_is_trained_and_other_rules_replace_the_bank(
-    experiment: Experiment,
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(weft.auto, "LADDER", (weft.auto.LADDER[0], weft.auto.LADDER[-1]))
     climb(experiment, progress=False)
     root = Path(experiment.output)
     before = {f: f.stat().st_mtime_ns for f in root.glob("auto/cells/*/result.json")}
@@ -96,6 +106,56 @@ def test_gain_and_error_are_the_formula(experiment: Experiment) -> None:
     rows = right[1].mean(0) - right[0].mean(0)
     squared = sum(s.var(ddof=1) for s in by_seed) / 2 + rows.var(ddof=1) / rows.size
     assert error == pytest.approx(squared**0.5)
+
+
+def test_without_rows_the_spread_over_seeds_is_the_noise_as_student_says(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of steps that gain nothing, a threshold of 2 keeps what the module's head says."""
+    generator = np.random.default_rng(0)
+    fleet = make_fleet(_two_steps(experiment))
+    cells = [c for c in fleet.cells if "head" in c.tasks]
+    row = {"metric": "mse", "higher_is_better": False}
+    monkeypatch.setattr(weft.auto, "_row", lambda *_: row)
+    monkeypatch.setattr(weft.auto, "_val", lambda *_: float(generator.normal()))
+    for seeds, kept in ((2, 0.092), (3, 0.058)):
+        steps = [(cells[0],) * seeds, (cells[-1],) * seeds]
+        found = [gain_and_error("head", *steps) for _ in range(4000)]
+        assert sum(gain > 2 * error for gain, error in found) / 4000 == pytest.approx(
+            kept, abs=0.015
+        )
+
+
+def test_tasks_that_were_trained_otherwise_are_not_replaced(experiment: Experiment) -> None:
+    train(experiment.model_copy(update={"method": MethodSection(name="linear_probe")}),
+          progress=False)  # fmt: skip
+    with pytest.raises(ConfigError, match=r"trained otherwise\. Use another output"):
+        climb(experiment, progress=False)
+
+
+def test_a_step_that_another_process_trains_is_waited_for(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weft.auto, "LADDER", weft.auto.LADDER[:1])
+    first = ladder(experiment, 2).cells[0]
+    with held(first.file("lock")), pytest.raises(TrainingError, match="Wait for it"):
+        climb(experiment, progress=False)
+    assert climb(experiment, progress=False).chosen["head"].method == "linear_probe"
+
+
+def test_killed_at_the_end_it_goes_on(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weft.auto, "LADDER", weft.auto.LADDER[:1])
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(weft.auto, "gather", killed)
+        with pytest.raises(KeyboardInterrupt):
+            climb(experiment, progress=False)
+    assert set(climb(experiment, progress=False).bank.tasks()) == {"head", "layers"}
 
 
 def _two_steps(experiment: Experiment) -> weft.auto.Comparison:
@@ -123,7 +183,8 @@ def test_a_step_that_cannot_be_used_is_passed(
     bad = steps[2].model_copy(update={"options": {"budget": 1}})
     bad = bad.model_copy(update={"name": "depthwise_patch", "options": {}})
     monkeypatch.setattr(weft.auto, "LADDER", (steps[0], bad, steps[-1]))
-    found = climb(experiment, progress=False)
+    one = {"layers": experiment.tasks["layers"]}
+    found = climb(experiment.model_copy(update={"tasks": one}), progress=False)
     assert "left out" in found.steps["layers"][1].said
     assert found.chosen["layers"].method == "full_finetune"
 

@@ -1,7 +1,9 @@
 """`weft compare` with several processes against one, on small cells, in turns.
 
-Whole commands are timed, start of Python included. The network is four small convolutions, the data
-are random images of 16 x 16 pixels. Run on a machine that does nothing else:
+Whole commands are timed, with the start of Python: one after the other for the command and for its
+processes if there are several, so that few cells do not gain what many do; phases.py says how long
+it takes. The network is four small convolutions, the data are random images of 16 x 16 pixels.
+Run on a machine that does nothing else:
 python bench/comparing/jobs.py [--rounds 3] [--jobs 2] [--epochs 12]
 """
 
@@ -35,7 +37,7 @@ def make():
 
 
 def prepare(folder: Path, epochs: int) -> Path:
-    """Write base, data and comparison; 12 cells.
+    """Write base, data and comparison; 24 cells.
 
     Args:
         folder: where to.
@@ -53,7 +55,7 @@ def prepare(folder: Path, epochs: int) -> Path:
         "base": {"name": "python:net.py:make"},
         "tasks": {name: {"data": f"npz:{name}.npz"} for name in ("one", "two")},
         "methods": ["scale_bias", "taps", "full_finetune"],
-        "seeds": 2,
+        "seeds": 4,
         "train": {"epochs": epochs},
     }
     path = folder / "comparison.yaml"

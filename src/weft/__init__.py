@@ -14,11 +14,13 @@ from .joint import efficient_joint, pretrain
 from .merging import merge
 from .methods.adashare import adashare
 from .methods.baselines import bias_only, full_finetune, linear_probe
+from .methods.bora import bora, tie_to_mean
 from .methods.disparse import disparse
 from .methods.dynashare import dynashare
 from .methods.hard_sharing import hard_sharing
 from .methods.lora import lora
 from .methods.model_patches import depthwise_patch, scale_bias
+from .methods.paco import paco
 from .methods.taps import taps
 from .planning import Plan, plan
 from .registry import METHODS, method
@@ -59,6 +61,7 @@ __all__ = [
     "WeftError",
     "adashare",
     "bias_only",
+    "bora",
     "compare",
     "depthwise_patch",
     "disparse",
@@ -74,10 +77,12 @@ __all__ = [
     "merge",
     "method",
     "multiply_adds",
+    "paco",
     "plan",
     "pretrain",
     "relative_improvement",
     "report",
     "scale_bias",
     "taps",
+    "tie_to_mean",
 ]

@@ -97,6 +97,14 @@ LORA = Citation(
     2022,
     "2106.09685",
 )
+BORA = Citation(
+    "eide2024bora",
+    ("Eide, Simen", "Frigessi, Arnoldo"),
+    "BoRA: Bayesian Hierarchical Low-Rank Adaption for Multi-Task Large Language Models",
+    "",
+    2024,
+    "2407.15857",
+)
 HARD_SHARING = Citation(
     "zhang2022rethinking",
     ("Zhang, Lijun", "Yang, Qizheng", "Liu, Xiao", "Guan, Hui"),
@@ -120,4 +128,20 @@ DYNASHARE = Citation(
     "",
     2023,
     "2305.17305",
+)
+DISPARSE = Citation(
+    "sun2022disparse",
+    ("Sun, Xinglong", "Hassani, Ali", "Wang, Zhangyang", "Huang, Gao", "Shi, Humphrey"),
+    "DiSparse: Disentangled Sparsification for Multitask Model Compression",
+    "IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)",
+    2022,
+    "2206.04662",
+)
+PACO = Citation(
+    "sun2022paco",
+    ("Sun, Lingfeng", "Zhang, Haichao", "Xu, Wei", "Tomizuka, Masayoshi"),
+    "PaCo: Parameter-Compositional Multi-Task Reinforcement Learning",
+    "Advances in Neural Information Processing Systems (NeurIPS)",
+    2022,
+    "2210.11653",
 )

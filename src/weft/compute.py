@@ -7,6 +7,7 @@ nothing.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,7 +45,9 @@ class Compute:
         return self.common + self.own[task]
 
 
-def multiply_adds(model: MultiTaskModel, x: Any, *, tasks: Sequence[str] | None = None) -> Compute:
+def multiply_adds(
+    model: MultiTaskModel, x: Any, *, tasks: Sequence[str] | None = None, skip_zeros: bool = False
+) -> Compute:
     """Count the multiply-adds of tasks' forwards, and what of them they have in common.
 
     Two operations are the same if they do the same to the same tensors, back to the inputs and the
@@ -57,6 +60,8 @@ def multiply_adds(model: MultiTaskModel, x: Any, *, tasks: Sequence[str] | None 
         x: a batch for the base: a tensor, or a tuple or dict of tensors; one row gives the cost of
             one input.
         tasks: which; default all.
+        skip_zeros: leave out multiply-adds with stored weights that are zero. This counts what a
+            sparse kernel would have to do; nothing here runs faster for it.
 
     Returns:
         The counts.
@@ -71,11 +76,13 @@ def multiply_adds(model: MultiTaskModel, x: Any, *, tasks: Sequence[str] | None 
         x = pytree.tree_map_only(Tensor, _differentiable, x)
     inputs = [leaf for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor)]
     stored = {storage_of(t) for t in (*model.parameters(), *model.buffers(), *inputs)}
+    weights = {storage_of(t) for t in model.parameters()} if skip_zeros else set()
     found: dict[str, Counter[Hashable]] = {}
     with modes_kept(model), torch.inference_mode(False), torch.enable_grad():
         model.eval()
         for task in chosen:
-            with sdpa_kernel(SDPBackend.MATH), _Tracer(stored) as tracer:
+            tracer = _Tracer(stored, weights)
+            with sdpa_kernel(SDPBackend.MATH), tracer:
                 model(x, task=task)
             found[task] = tracer.counts
     if not found:
@@ -99,12 +106,14 @@ class _Tracer(TorchDispatchMode):
 
     Args:
         stored: places of the inputs and of the model's tensors.
+        weights: places of tensors whose zeros are not multiplied.
     """
 
-    def __init__(self, stored: Collection[int]) -> None:
+    def __init__(self, stored: Collection[int], weights: Collection[int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.counts: Counter[Hashable] = Counter()
         self._stored = stored
+        self._weights = weights
         self._written: dict[int, Hashable] = {}
         self._alive: list[Any] = []  # so that no place is used twice in a trace
 
@@ -121,7 +130,8 @@ class _Tracer(TorchDispatchMode):
         output = func(*args, **kwargs)
         formula: Callable[..., int] | None = flop_registry.get(func._overloadpacket)
         if formula is not None:
-            self.counts[name] += formula(*args, **kwargs, out_val=output) // 2
+            count = formula(*args, **kwargs, out_val=output) // 2
+            self.counts[name] += round(count * math.prod(map(self._density, leaves)))
         read = {storage_of(leaf) for leaf in leaves if isinstance(leaf, Tensor)}
         for place, tensor in enumerate(pytree.tree_leaves(output)):
             # A view reads what was written before; only new memory, or changed one, has a new name.
@@ -132,6 +142,15 @@ class _Tracer(TorchDispatchMode):
                 self._written[storage] = (name, place)
                 self._alive.append(tensor.untyped_storage())
         return output
+
+    def _density(self, leaf: Any) -> float:
+        """The share of a stored matrix or kernel that is not zero, where that matters; else 1."""
+        if not isinstance(leaf, Tensor) or leaf.dim() < 2 or not leaf.numel():
+            return 1.0
+        place = storage_of(leaf)
+        if place not in self._weights or place in self._written:
+            return 1.0
+        return int(leaf.count_nonzero()) / leaf.numel()
 
     def _name(self, leaf: Any) -> Hashable:
         if not isinstance(leaf, Tensor):

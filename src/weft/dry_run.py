@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from .assembly import (
     first_rows,
@@ -31,6 +33,7 @@ class PlannedTask:
         own: by tensor, the own elements.
         refused: sites that the method leaves out, with the reason.
         problem: why the method cannot be used on this base, or "".
+        options: of the method.
     """
 
     name: str
@@ -39,6 +42,20 @@ class PlannedTask:
     own: Mapping[str, int]
     refused: Mapping[str, str]
     problem: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def most_bytes(self) -> int | None:
+        """What it can own in the end, with the budget of the method if it has one; without head."""
+        budget, ledger = self.options.get("budget"), self.ledger
+        if budget is None or ledger is None:
+            return None if ledger is None else ledger.own_bytes
+        if budget > 1:
+            return min(int(budget), ledger.own_bytes)
+        spared = ledger.own_parameters - math.floor(budget * ledger.base_parameters)
+        size = sum(row.own_bytes for row in ledger.rows if not row.buffer)
+        each = size / max(ledger.own_parameters, 1)
+        return ledger.own_bytes - int(max(0.0, spared * each))
 
 
 def dry_run(experiment: Experiment) -> list[PlannedTask]:
@@ -59,11 +76,13 @@ def dry_run(experiment: Experiment) -> list[PlannedTask]:
             sharing = common if apart is None else make_plan(apart, base, example)
             model.add_task(name, task_from_spec({"kind": "regression"}), sharing=sharing)
         except WeftError as error:
-            planned.append(PlannedTask(name, chosen.name, None, {}, {}, str(error)))
+            planned.append(PlannedTask(name, chosen.name, None, {}, {}, str(error), chosen.options))
             continue
         ledger = model.ledger(name)
         own = {row.tensor: row.own for row in ledger.rows if row.own}
-        planned.append(PlannedTask(name, chosen.name, ledger, own, sharing.refused))
+        planned.append(
+            PlannedTask(name, chosen.name, ledger, own, sharing.refused, options=chosen.options)
+        )
     return planned
 
 

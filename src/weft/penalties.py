@@ -50,6 +50,45 @@ class L1Scores(Penalty):
         return {"price": float(own[self.price])}
 
 
+@dataclass(frozen=True)
+class TieToMean(Penalty):
+    """What it costs that tasks differ from a mean, which is a shared tensor for each own one.
+
+    ``weight / 2 sum_t sum_i |theta_ti - Theta_i|^2`` ("squared": a Gaussian prior of this
+    precision), or ``weight sum_t sum_i |theta_ti - Theta_i|`` over tensors i ("norm").
+
+    Args:
+        weight: the price.
+        keys: of the own tensors.
+        mean: what the key of a mean begins with.
+        form: which of the two.
+    """
+
+    weight: float
+    keys: tuple[str, ...]
+    mean: str
+    form: Literal["squared", "norm"] = "squared"
+
+    def __call__(
+        self,
+        records: Mapping[str, Records],  # noqa: ARG002
+        own: Mapping[str, Mapping[str, Tensor]],
+        shared: Mapping[str, Tensor],
+    ) -> Tensor:
+        total = next(iter(shared.values()), torch.zeros(())).new_zeros((), dtype=torch.float32)
+        for tensors in own.values():
+            for key in self.keys:
+                apart = tensors[key] - shared[self.mean + key]
+                if self.form == "squared":
+                    total = total + 0.5 * self.weight * apart.square().sum()
+                else:
+                    # At distance 0 the norm has no gradient, and 0 is one of its subgradients.
+                    squared = apart.square().sum()
+                    norm = torch.where(squared > 0, squared, 1.0).sqrt()
+                    total = total + self.weight * torch.where(squared > 0, norm, 0.0)
+        return total
+
+
 PolicyForm = Literal["paper", "code"]
 """Which form of AdaShare's losses: the paper's, or the authors' code's."""
 

@@ -21,6 +21,7 @@ from .errors import ConfigError
 from .joint import pretrain
 from .training import fit
 from .training.files import write_whole
+from .training.history import Callback
 
 Loaders = Mapping[str, Mapping[str, Loader]]
 """By task and split."""
@@ -49,6 +50,7 @@ def pretrained_base(
     example: Any,
     *,
     progress: bool,
+    callbacks: tuple[Callback, ...] = (),
 ) -> nn.Module:
     """The base trained on all tasks together, from its file if it has been trained already."""
     folder = Folder(Path(experiment.output))
@@ -63,6 +65,7 @@ def pretrained_base(
         seed=experiment.seed,
         checkpoint=folder.base.with_name("checkpoint"),
         log=folder.base.with_name("history.jsonl"),
+        callbacks=callbacks,
         progress=progress,
     )
     torch.manual_seed(experiment.seed)

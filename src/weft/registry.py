@@ -16,11 +16,13 @@ from .core.sharing import Sharing
 from .errors import ConfigError, close_matches
 from .methods.adashare import adashare
 from .methods.baselines import bias_only, full_finetune, linear_probe
+from .methods.bora import bora
 from .methods.disparse import disparse
 from .methods.dynashare import dynashare
 from .methods.hard_sharing import hard_sharing
 from .methods.lora import lora
 from .methods.model_patches import depthwise_patch, scale_bias
+from .methods.paco import paco
 from .methods.taps import taps
 
 
@@ -75,6 +77,12 @@ METHODS: dict[str, Method] = {
     "lora": Method(
         lora, "own low-rank additions to the weights of layers (LoRA)", citation=citations.LORA
     ),
+    "bora": Method(
+        bora,
+        "LoRA for each task, tied to a mean that is learned with them (BoRA)",
+        {Law.TASKS_ARE_ISOLATED: "the mean trains with every task, and pulls at all of them"},
+        citations.BORA,
+    ),
     "hard_sharing": Method(
         hard_sharing,
         "own the bottom or the top, train the rest together",
@@ -103,8 +111,20 @@ METHODS: dict[str, Method] = {
     "disparse": Method(
         disparse,
         "train one sparse network; a weight goes if every task lets it go (DiSparse)",
-        {Law.TASKS_ARE_ISOLATED: "the network trains with every task, and its masks are all tasks'"},
+        {
+            Law.TASKS_ARE_ISOLATED: "the network trains with every task, and its masks are of all",
+            Law.PROCESSES_AGREE: "masks that change in training grow by the first process's rows",
+        },
         citations.DISPARSE,
+    ),
+    "paco": Method(
+        paco,
+        "own a few numbers that mix shared sets of parameters (PaCo)",
+        {
+            Law.FRESH_IS_BASE: "a weighted sum of equal bases is the base's up to rounding",
+            Law.TASKS_ARE_ISOLATED: "the bases train with every task",
+        },
+        citations.PACO,
     ),
     "full_finetune": Method(full_finetune, "own everything"),
 }

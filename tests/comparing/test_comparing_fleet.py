@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from weft.bases import load_base
 from weft.comparing import compare, make_fleet, read_comparison, run_fleet
 from weft.comparing import running as running_cells
 from weft.comparing.tables import COLUMNS, write_parquet
-from weft.errors import DataError, MissingExtra, TrainingError
+from weft.errors import DataError, MissingExtra
 from weft.training import run as running
 
 SCORES = ["val", "test", "val_loss", "test_loss", "own_bytes", "shared_bytes"]
@@ -124,25 +123,6 @@ def test_any_error_of_a_cell_is_a_failure_that_ends_when_it_is_mended(
     mended = run_fleet(make_fleet(read_comparison(content)), progress=False)
     assert not mended.failed
     assert not list(mended.files[0].parent.rglob("failure.json"))
-
-
-def test_a_full_disk_stops_the_fleet_and_keeps_what_is_finished(
-    content: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original, calls = running_cells.put_json, []
-
-    def full(path: Path, value: Any) -> None:
-        calls.append(path)
-        if len(calls) > 1:
-            raise TrainingError("cannot be written") from OSError(errno.ENOSPC, "no space")
-        original(path, value)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(running_cells, "put_json", full)
-        with pytest.raises(TrainingError, match=r"No space is left .* run the same command again"):
-            compare(content, progress=False)
-    assert len(calls) == 2
-    assert len(compare(content, progress=False)) == 4
 
 
 def test_a_cell_that_another_process_runs_is_left_to_it(content: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ NEEDS = {
 }
 # Methods that insert adapters: PyTorch's functional call has no word for these, and folding may
 # drop modules.
-INSERTING = ("adashare", "dynashare", "lora")
+INSERTING = ("adashare", "bora", "dynashare", "lora")
 
 
 @dataclass(frozen=True)

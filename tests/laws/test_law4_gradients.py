@@ -41,7 +41,8 @@ def test_gradients_reach_exactly_the_trainable_set(case: Case) -> None:
 def test_every_shared_tensor_that_trains_is_reached_by_some_task(case: Case) -> None:
     model = case.trained().train()
     step = model.step({t: case.base.inputs(6) for t in model.task_names})
-    sum((o * torch.randn_like(o)).sum() for o in step.outputs.values()).backward()
+    loss = sum((o * torch.randn_like(o)).sum() for o in step.outputs.values())
+    (loss + step.penalty).backward()
     for key, parameter in model.shared_trainable().items():
         assert parameter.grad is not None, f"no gradient reaches {key}"
         assert bool(parameter.grad.any()), key

@@ -90,8 +90,8 @@ def _blocks(model: weft.MultiTaskModel) -> int:
     return len(model.sharing.options["blocks"])
 
 
-def _two_factors(model: weft.MultiTaskModel) -> int:
-    """Rank 8 at all layers but depthwise ones and tied weights, shared out among groups."""
+def _two_factors(model: weft.MultiTaskModel, r: int = 8) -> int:
+    """Rank r at all layers but depthwise ones and tied weights, shared out among groups."""
     tensors = dict(model.base.named_parameters())
     found = sites(model.base)
     used = Counter(n for s in found for n in s.parameters)
@@ -100,7 +100,7 @@ def _two_factors(model: weft.MultiTaskModel) -> int:
         layer = model.base.get_submodule(site.name)
         convolves = isinstance(layer, _ConvNd)
         groups, turned = (layer.groups, layer.transposed) if convolves else (1, False)
-        rank = -(-8 // groups)
+        rank = -(-r // groups)
         for name in site.parameters:
             if "bias" in name or tensors[name].dim() < 2 or used[name] > 1:
                 continue
@@ -118,10 +118,13 @@ FORMULAS = {
     "scale_bias": lambda m: _sizes(m, _norms(m)),
     "depthwise_patch": lambda m: _sizes(m, _depthwise(m) | _norms(m)),
     "lora": _two_factors,
+    "bora": lambda m: _two_factors(m, 16),
     "taps": lambda m: _sizes(m, _open_layers(m) | _norms(m)),
     "hard_sharing": _private_end,
     "adashare": lambda m: 2 * _blocks(m),
     "dynashare": lambda m: 2 * _blocks(m),
+    "disparse": lambda _: 0,
+    "paco": lambda m: 5 + _sizes(m, _norms(m)),
     "full_finetune": lambda m: sum(p.numel() for p in m.base.parameters()),
 }
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import yaml
 
 from weft.errors import ConfigError, DataError, PlanError
 from weft.planning import plan, plan_curve
+from weft.tasks import relative_improvement
 
 
 def row(task: str, label: str, val: float | None, size: int, **more: Any) -> dict[str, Any]:
@@ -142,6 +146,111 @@ def test_different_metrics_need_weights(frame: pd.DataFrame) -> None:
     with pytest.raises(ConfigError, match="different metrics, accuracy, f1"):
         plan(mixed, 5000)
     assert plan(mixed, 5000, weights=dict.fromkeys("abcd", 1.0)).chosen.bytes <= 5000
+
+
+@pytest.fixture
+def mixed() -> pd.DataFrame:
+    """An accuracy beside an error, each by a small, a large and a reference method."""
+    rows = []
+    for seed, shift in ((0, 0.0), (1, 0.02)):
+        for label, accuracy, error, size in (
+            ("reference", 0.8, 2.0, 1000), ("small", 0.6, 1.9, 10), ("large", 0.9, 1.0, 600),
+        ):  # fmt: skip
+            rows += [
+                row("a", label, accuracy + shift, size, seed=seed),
+                row("b", label, error - shift, size, seed=seed, metric="mse",
+                    higher_is_better=False),
+            ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_mixed_directions_are_planned_as_improvements_over_a_method(mixed: pd.DataFrame) -> None:
+    with pytest.raises(ConfigError, match=r"no sum means anything.*--relative-to full_finetune"):
+        plan(mixed, 2000, weights={"a": 1.0, "b": 1.0})
+    made = plan(mixed, 2000, relative_to="reference")
+    assert labels(made) == {"a": "large", "b": "large"}
+    reference = {"a": {"accuracy": 0.81}, "b": {"mse": 1.99}}
+    for label in ("small", "large"):
+        single = next(s for s in made.singles if s.name == label)
+        means = mixed[mixed["label"] == label].groupby("task")["val"].mean()
+        scores = {"a": {"accuracy": means["a"]}, "b": {"mse": means["b"]}}
+        assert single.val[0] == pytest.approx(relative_improvement(scores, reference))
+    assert next(s for s in made.singles if s.name == "reference").val[0] == pytest.approx(0.0)
+    assert [s.name for s in made.singles] == ["large", "reference", "small"]
+    one = plan(mixed, 610, relative_to="reference")  # the error halves: more than a tenth
+    assert labels(one) == {"a": "small", "b": "large"}
+    weighted = plan(mixed, 610, relative_to="reference", weights={"a": 5.0, "b": 1.0})
+    assert labels(weighted) == {"a": "large", "b": "small"}
+    worst = plan(mixed, 610, relative_to="reference", objective="worst")
+    assert labels(worst) == {"a": "large", "b": "small"}
+    curve = plan_curve(mixed, relative_to="reference")
+    assert curve["plan_val"].is_monotonic_increasing
+    assert (curve["val_gain"].dropna() >= -1e-9).all()
+    assert made.to_dict()["relative_to"] == "reference"
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "said"),
+    [
+        ({}, "referense", "there is none.*Close matches: reference"),
+        ({"method": "same"}, "same", "several are. Labels: reference, small, large"),
+        ({"val": 0.0}, "reference", "above zero"),
+    ],
+)
+def test_a_reference_that_says_nothing_is_refused(
+    mixed: pd.DataFrame, change: dict[str, Any], name: str, said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        plan(mixed.assign(**change), 2000, relative_to=name)
+    gone = mixed[(mixed["label"] != "reference") | (mixed["task"] != "b")]
+    with pytest.raises(ConfigError, match="no complete results for 'b'"):
+        plan(gone, 2000, relative_to="reference")
+
+
+def test_a_plan_is_the_best_of_all_with_joint_cells_whole_and_charged_once() -> None:
+    """Against trying every plan, on tables with groups that overlap and seeds that differ."""
+    for seed in range(40):
+        draw = random.Random(seed)
+        rows = []
+        groups = [("a",), ("b",), ("c",), ("a", "b", "c"), ("b", "c"), ("a", "b")]
+        for place, tasks in enumerate(groups):
+            for label in ("x", "y") if len(tasks) == 1 else (f"joint{place}",):
+                for number in (0, 1):
+                    shared = draw.randrange(100, 900) if len(tasks) > 1 else 0
+                    rows += [
+                        row(task, label, draw.random(), draw.randrange(500), seed=number,
+                            shared_bytes=shared, cell=f"{place}-{label}-{number}")
+                        for task in tasks
+                    ]  # fmt: skip
+        frame = pd.DataFrame(rows)
+        every = list(brute_force(frame))
+        for budget in (min(b for _, b in every), 700, 1200, 10**6):
+            fitting = [(round(v, 9), -b) for v, b in every if b <= budget]
+            if not fitting:
+                with pytest.raises(PlanError, match=f"takes {min(b for _, b in every):,} bytes"):
+                    plan(frame, budget)
+                continue
+            made = plan(frame, budget).chosen
+            assert (round(made.val[0], 9), -made.bytes) == max(fitting)
+
+
+def brute_force(frame: pd.DataFrame) -> Iterator[tuple[float, int]]:
+    """Score and bytes of every way to cover each task by one cell, from the table itself."""
+    cells: dict[tuple[str, str], pd.DataFrame] = {}
+    for _, part in frame.groupby("cell"):
+        key = part["label"].iloc[0], "".join(part["task"])
+        cells[key] = pd.concat([cells.get(key, part.iloc[:0]), part])
+    for size in (1, 2, 3):
+        for chosen in itertools.combinations(cells, size):
+            if sorted("".join(tasks for _, tasks in chosen)) == ["a", "b", "c"]:
+                parts = [cells[key] for key in chosen]
+                means = pd.concat(parts).groupby("task")["val"].mean()
+                sizes = [
+                    max(p["own_bytes"].sum() + p["shared_bytes"].iloc[0]
+                        for _, p in part.groupby("seed"))
+                    for part in parts
+                ]  # fmt: skip
+                yield float(means.mean()), int(sum(sizes))
 
 
 def test_what_cannot_be_chosen_is_said(frame: pd.DataFrame) -> None:

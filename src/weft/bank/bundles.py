@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weft.core.ledger import Ledger, Row, gate_scores, hardened
+from weft.core.ledger import Ledger, Row, Stored, gate_scores, hardened
 from weft.core.model import MultiTaskModel
 from weft.core.sharing import Sharing
 from weft.core.sites import named_tensors
@@ -144,7 +144,16 @@ def decode_ledger(entry: Mapping[str, Any]) -> Ledger:
     """The ledger of a bundle."""
     stored = entry["ledger"]
     rows = tuple(Row(**dict(zip(stored["columns"], r, strict=True))) for r in stored["rows"])
-    return Ledger(entry["task"], rows, stored["head_parameters"], stored["head_bytes"])
+    sizes = {name: file["bytes"] for name, file in entry["files"].items()}
+    shared = 0 if entry["shared"] is None else entry["shared"]["bytes"]
+    return Ledger(
+        entry["task"],
+        rows,
+        stored["head_parameters"],
+        stored["head_bytes"],
+        stored.get("shared_parameters", 0),
+        Stored(sizes[OWN], sizes.get(HEAD, 0), shared),
+    )
 
 
 def read_entry(place: Path, task: str) -> dict[str, Any]:

@@ -18,9 +18,13 @@ from torch import Tensor, nn
 from weft.errors import BankError
 
 from .files import opened
+from .sparse import pack, unpack
 
 CHUNK = 1 << 19
 """Bytes to read before they are hashed, while a core's cache still has them."""
+
+_NO_TENSORS = (ValueError, KeyError, TypeError, OverflowError, RecursionError, RuntimeError)
+"""What reading a file raises that was made otherwise."""
 
 _TYPES = {
     "BOOL": torch.bool,
@@ -78,7 +82,7 @@ def shapes(entry: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
-    """The bytes of a safetensors file.
+    """The bytes of a safetensors file, without most zeros of tensors that are full of them.
 
     Raises:
         BankError: a type that the format does not know.
@@ -89,8 +93,9 @@ def to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
         row = _rows(tensor)
         rows[key] = row.clone() if row.data_ptr() in places else row
         places.add(row.data_ptr())
+    stored, metadata = pack(rows)
     try:
-        return save(rows)
+        return save(stored, metadata)
     except (KeyError, ValueError, RuntimeError, SafetensorError) as error:
         types = ", ".join(sorted({str(t.dtype) for t in rows.values()}))
         raise BankError(f"Cannot store tensors of types {types}: {error}.") from error
@@ -122,7 +127,7 @@ def read_tensors(
     with opened(path, recorded["bytes"]) as file:
         try:
             tensors = _read(file, recorded["bytes"], digest.update if verify else None)
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        except _NO_TENSORS as error:
             raise BankError(
                 f"{path} holds no tensors ({error}): it was damaged. "
                 "Restore it from a copy, or save the task again."
@@ -150,7 +155,7 @@ def _read(file: FileIO, size: int, update: Callable[[Any], None] | None) -> dict
         update(start)
         update(header)
     places = json.loads(header)
-    places.pop("__metadata__", None)
+    metadata = places.pop("__metadata__", {})
     tensors: dict[str, Tensor] = {}
     position = 0
     for name, place in sorted(places.items(), key=lambda item: item[1]["data_offsets"]):
@@ -170,7 +175,7 @@ def _read(file: FileIO, size: int, update: Callable[[Any], None] | None) -> dict
             _fill(file, _memory(tensor), update)
     if position != size - 8 - length:
         raise ValueError(f"{size - 8 - length - position} bytes belong to no tensor")
-    return tensors
+    return unpack(tensors, metadata) if metadata else tensors
 
 
 def _fill(file: FileIO, memory: memoryview, update: Callable[[Any], None] | None) -> None:

@@ -88,6 +88,7 @@ def _show_cells(fleet: Fleet, part: tuple[int, int], as_json: bool) -> None:
             "seed": cell.seed,
             "finished": cell.finished,
             "ledger": None if (own := planned[cell.label].ledger) is None else own.to_dict(),
+            "most_bytes": planned[cell.label].most_bytes,
             "problem": planned[cell.label].problem,
         }
         for cell in fleet.cells
@@ -112,8 +113,7 @@ def _show_dry_rows(rows: list[dict[str, Any]]) -> None:
         owns = f"[red]{plain(cells[0]['problem'])}[/red]"
         if ledger is not None:
             owns = "at most " if ledger["gates"] else ""
-            owns += f"{ledger['own_parameters']:,} parameters, "
-            owns += readable_size(ledger["own_bytes"])
+            owns += readable_size(cells[0]["most_bytes"])
         done = sum(bool(cell["finished"]) for cell in cells)
         seeds = ", ".join(str(cell["seed"]) for cell in cells)
         table.add_row(plain(method), plain(tasks), seeds, f"{done} of {len(cells)}", owns)

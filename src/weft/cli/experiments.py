@@ -32,11 +32,16 @@ def train_command(
     overrides: Overrides = None,
     plan: Annotated[
         Path | None,
-        typer.Option(help="Train what weft plan chose, from its plan.yaml, in place of CONFIG."),
+        typer.Option(
+            help="Train what weft plan chose, from its plan.yaml, in place of CONFIG. Where the "
+            "comparison is still there, weft plan --bank needs no training."
+        ),
     ] = None,
     budget: Annotated[
         str | None,
-        typer.Option(help="Of TAPS: what each task may own at most, 10% of the base or 300kB."),
+        typer.Option(
+            help="Of TAPS: what each task may own at most, 10% of the base (0.1) or 300kB."
+        ),
     ] = None,
     auto: Annotated[
         bool,
@@ -119,15 +124,21 @@ def _train_plan(file: Path, output: Path | None, jobs: int, as_json: bool) -> No
 def _show_ladder(experiment: Experiment, seeds: int, as_json: bool) -> None:
     planned = dry_fleet(ladder(experiment, seeds))
     if as_json:
-        rows = {label: task.ledger for label, task in planned.items()}
-        print_json({k: None if led is None else led.to_dict() for k, led in rows.items()})
+        print_json(
+            {
+                label: None
+                if task.ledger is None
+                else {**task.ledger.to_dict(), "most_bytes": task.most_bytes}
+                for label, task in planned.items()
+            }
+        )
         return
     table = Table("step", "a task would own", title="In this order, while it pays")
     for label, task in planned.items():
         owns = plain(task.problem)
-        if (led := task.ledger) is not None:
-            upper = "at most " if led.open_gates[1] else ""
-            owns = f"{upper}{led.own_parameters:,} parameters, {readable_size(led.own_bytes)}"
+        if task.ledger is not None and task.most_bytes is not None:
+            upper = "at most " if task.ledger.open_gates[1] else ""
+            owns = f"{upper}{readable_size(task.most_bytes)}"
         table.add_row(plain(label), owns)
     out.print(table)
 
@@ -136,20 +147,18 @@ def _show_climb(experiment: Experiment, found: Climb, as_json: bool) -> None:
     if as_json:
         print_json({name: [asdict(step) for step in steps] for name, steps in found.steps.items()})
         return
-    table = Table("task", "owns by", "validation", "test", "own bytes", "not paid for")
+    table = Table("task", "owns by", "validation", "test", "own bytes")
     for name, step in found.chosen.items():
-        steps = found.steps[name]
-        later = [s for s in steps[steps.index(step) + 1 :] if s.gain is not None]
-        refused = [f"{s.method} ({s.gain:+.4f} ± {s.error:.4f})" for s in later]
         table.add_row(
             plain(name),
             plain(step.method),
             "-" if step.val is None else f"{step.val:.4f}",
             "-" if step.test is None else f"{step.test:.4f}",
             f"{step.own_bytes:,}",
-            plain("; ".join(refused) or "-"),
         )
     out.print(table)
+    for name in found.chosen:
+        out.print(plain(found.summary(name)), highlight=False)
     out.print(f"Bank: {plain(str(found.bank.path))}   Steps: {plain(experiment.output)}/auto.yaml")
 
 
@@ -207,6 +216,8 @@ def _show_plan(planned: list[PlannedTask], as_json: bool) -> None:
                 {
                     "name": p.name,
                     "method": p.method,
+                    "options": dict(p.options),
+                    "most_bytes": p.most_bytes,
                     "problem": p.problem,
                     "own": dict(p.own),
                     "refused": dict(p.refused),
@@ -239,5 +250,10 @@ def _show_planned_task(planned: PlannedTask) -> None:
         f"({100 * ledger.own_fraction:.1f} %), {ledger.own_bytes:,} bytes with "
         f"{ledger.own_buffers:,} buffer elements; the head comes on top."
     )
+    if planned.most_bytes is not None and planned.most_bytes < ledger.own_bytes:
+        out.print(
+            f"The budget leaves at most {readable_size(planned.most_bytes)} of them when training "
+            "ends."
+        )
     for site, reason in planned.refused.items():
         out.print(f"Left out: {plain(site)}: {plain(reason)}.")

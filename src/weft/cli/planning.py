@@ -31,6 +31,12 @@ def plan_command(
         list[str] | None,
         typer.Option(help="Weight of a task in the mean.", metavar="TASK=NUMBER"),
     ] = None,
+    relative_to: Annotated[
+        str | None,
+        typer.Option(
+            help="Count improvements over this method's scores, in percent.", metavar="METHOD"
+        ),
+    ] = None,
     heads: Annotated[bool, typer.Option("--heads", help="Count the bytes of heads.")] = False,
     max_seeds: Annotated[
         int | None, typer.Option(min=1, help="Use at most so many seeds of each cell.")
@@ -60,17 +66,24 @@ def plan_command(
             weights=weights,
             heads=heads,
             max_seeds=max_seeds,
+            relative_to=relative_to,
         )
         file = output or folder / "curve.csv"
         put(file, curve.to_csv(index=False).encode())
         if as_json:
             print_json(records(curve))
         else:
-            _show_curve(curve)
+            _show_curve(curve, relative_to)
             out.print(f"Curve: {plain(str(file))}")
         return
     made = plan(
-        folder, budget[0], objective=asked, weights=weights, heads=heads, max_seeds=max_seeds
+        folder,
+        budget[0],
+        objective=asked,
+        weights=weights,
+        heads=heads,
+        max_seeds=max_seeds,
+        relative_to=relative_to,
     )
     file = made.write(output or folder / "plan.yaml")
     if as_json:
@@ -120,13 +133,20 @@ def _show_plan(made: Plan) -> None:
         )
     out.print(table)
     aim = f"{content['objective']} over tasks"
+    relative = content["relative_to"]
+    if relative is not None:
+        aim = f"{content['objective']} improvement over {relative} in %"
+    aim = plain(aim)
     compared = Table("at this budget", f"validation, {aim}", f"test, {aim}", "bytes")
     rows = [("plan", made.chosen)]
     if made.best_single is not None:
         rows.append((f"best single method: {made.best_single.name}", made.best_single))
     for name, part in rows:
         compared.add_row(
-            plain(name), _spread(part.val), _spread(part.test), readable_size(part.bytes)
+            plain(name),
+            _spread(part.val, relative=relative is not None),
+            _spread(part.test, relative=relative is not None),
+            readable_size(part.bytes),
         )
     out.print(compared)
     counted = f"Budget {readable_size(made.budget)} for {content['counted']}"
@@ -137,22 +157,27 @@ def _show_plan(made: Plan) -> None:
         out.print(f"Left out: {plain(what)}: {plain(reason)}.")
 
 
-def _spread(score: tuple[float, float] | None) -> str:
-    return "-" if score is None else f"{score[0]:.4f} ± {score[1]:.4f}"
+def _spread(score: tuple[float, float] | None, *, relative: bool) -> str:
+    if score is None:
+        return "-"
+    return f"{score[0]:+.2f} ± {score[1]:.2f}" if relative else f"{score[0]:.4f} ± {score[1]:.4f}"
 
 
-def _show_curve(curve: Any) -> None:
+def _show_curve(curve: Any, relative_to: str | None) -> None:
     table = Table("best single method")
+    if relative_to is not None:
+        table.title = plain(f"Improvement over {relative_to} in %")
+    digits = 4 if relative_to is None else 2
     for name in ("budget", "plan val", "test", "single val", "test", "gain on test"):
         table.add_column(name, no_wrap=True)
     for row in curve.to_dict("records"):
         table.add_row(
             plain(str(row["single"] or "-")),
             readable_size(int(row["budget_bytes"])),
-            f"{row['plan_val']:.4f}",
-            f"{row['plan_test']:.4f}",
-            f"{row['single_val']:.4f}",
-            f"{row['single_test']:.4f}",
-            f"{row['test_gain']:+.4f}",
+            *(
+                f"{row[column]:.{digits}f}"
+                for column in ("plan_val", "plan_test", "single_val", "single_test")
+            ),
+            f"{row['test_gain']:+.{digits}f}",
         )
     out.print(table)

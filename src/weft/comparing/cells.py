@@ -38,6 +38,8 @@ class Cell:
         joint: whether its tasks are trained together.
         seed: of heads and training.
         experiment: the rest, with only the cell's tasks; its seed is that of splits and base.
+        pretrained: the name of the folder of the base that is trained on all of its tasks first;
+            "" if they start from the base as it is.
     """
 
     name: str
@@ -46,11 +48,25 @@ class Cell:
     joint: bool
     seed: int
     experiment: Experiment
+    pretrained: str = ""
 
     @property
     def tasks(self) -> tuple[str, ...]:
         """The tasks that are trained."""
         return tuple(self.experiment.tasks)
+
+    @property
+    def turns(self) -> tuple[tuple[str, ...], ...]:
+        """Its tasks as they train: together, or in turn over a base that was trained first."""
+        in_turn = self.experiment.pretrain is not None and not self.experiment.train.joint
+        return tuple((name,) for name in self.tasks) if in_turn else (self.tasks,)
+
+    @property
+    def epochs(self) -> int:
+        """All epochs of its training, at most."""
+        first = self.experiment.pretrain
+        train = len(self.turns) * self.experiment.train.epochs
+        return train + (0 if first is None else first.epochs)
 
     @property
     def folder(self) -> Folder:
@@ -73,6 +89,7 @@ class Cell:
             "changes": dict(self.changes),
             "joint": self.joint,
             "seed": self.seed,
+            "pretrained": self.pretrained,
             "experiment": self.experiment.model_dump(mode="json", exclude={"output"}),
         }
 
@@ -103,14 +120,19 @@ def make_cells(
     cells = []
     for choice, options in comparison.variants():
         section = MethodSection(name=choice.name, options=options)
-        asked = {**comparison.train.model_dump(), **choice.changes()}["joint"]
+        asked = choice.training(comparison.train).joint
         shares = trains_shared(section)
+        if shares and choice.pretrain is not None:
+            raise ConfigError(
+                f"pretrain: '{choice.name}' trains tensors that its tasks share anyway. Leave it "
+                "out, and train for more epochs."
+            )
         if shares and asked is False:
             raise ConfigError(
                 f"train.joint: found false, but '{choice.name}' trains tensors that its tasks "
                 "share. Leave it out."
             )
-        joint = shares or bool(asked)
+        joint = shares or bool(asked) or choice.pretrain is not None
         names = choice.tasks or tuple(comparison.tasks)
         for tasks in [names] if joint else [(name,) for name in names]:
             for seed in comparison.seeds:
@@ -132,7 +154,8 @@ def _cell(
         method=section,
         tasks={name: comparison.tasks[name] for name in tasks},
         data=comparison.data,
-        train=comparison.train.model_copy(update=choice.changes()),
+        train=choice.training(comparison.train),
+        pretrain=choice.pretraining(comparison.train),
         seed=comparison.seed,
     )
     described = label(section.name, section.options, choice.changes())
@@ -143,11 +166,21 @@ def _cell(
         "marks": {key: marks[key] for key in ("base", "weights", *(f"task {t}" for t in tasks))},
         "versions": versions(),
     }
-    digest = hashlib.sha256(json.dumps(decided_by, sort_keys=True, default=str).encode())
-    name = "-".join([readable(tasks, described, seed), digest.hexdigest()[:12]])
+    name = f"{readable(tasks, described, seed)}-{_digest(decided_by)}"
+    pretrained = ""
+    if experiment.pretrain is not None:
+        # Whatever is trained over it later, it is the same base.
+        common = experiment.model_dump(mode="json", exclude={"output", "method", "train"})
+        first = _digest({**decided_by, "experiment": common})
+        pretrained = f"{readable(tasks, 'pretrained', seed)}-{first}"
     root = Path(comparison.output) / "cells" / name
     experiment = experiment.model_copy(update={"output": str(root)})
-    return Cell(name, described, choice.changes(), joint, seed, experiment)
+    return Cell(name, described, choice.changes(), joint, seed, experiment, pretrained)
+
+
+def _digest(decided_by: Mapping[str, Any]) -> str:
+    content = json.dumps(decided_by, sort_keys=True, default=str).encode()
+    return hashlib.sha256(content).hexdigest()[:12]
 
 
 def readable(tasks: tuple[str, ...], described: str, seed: int) -> str:

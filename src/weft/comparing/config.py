@@ -6,14 +6,23 @@ import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
-from weft.config import BaseSection, DataSection, TaskSection, TrainSection, with_own_targets
+from weft.config import (
+    BaseSection,
+    DataSection,
+    PretrainSection,
+    TaskSection,
+    TrainSection,
+    with_own_targets,
+)
 from weft.errors import ConfigError, close_matches
 from weft.registry import METHODS, options_of
 from weft.schema import Section, read_content, validated
+
+Fit = TypeVar("Fit", TrainSection, PretrainSection, None)
 
 
 class MethodChoice(Section):
@@ -25,6 +34,7 @@ class MethodChoice(Section):
         grid: by option, the values to try.
         train: what differs for it from the file's ``train``.
         tasks: only these tasks; default all.
+        pretrain: how the base is trained on all of its tasks together first; default not at all.
     """
 
     name: str
@@ -32,6 +42,7 @@ class MethodChoice(Section):
     grid: dict[str, list[Any]] = Field(default_factory=dict)
     train: TrainSection = TrainSection()
     tasks: tuple[str, ...] | None = Field(None, min_length=1)
+    pretrain: PretrainSection | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -62,13 +73,13 @@ class MethodChoice(Section):
                 raise ValueError(f"expected at least one value of '{option}'")
         return grid
 
-    @field_validator("train")
+    @field_validator("train", "pretrain")
     @classmethod
-    def _one_process(cls, train: TrainSection) -> TrainSection:
+    def _one_process(cls, section: Fit) -> Fit:
         for key in ("precision", "trackers"):
-            if key in train.model_fields_set:
+            if section is not None and key in section.model_fields_set:
                 raise ValueError(f"'{key}' is one for all methods; say it in the file's train")
-        return train
+        return section
 
     @model_validator(mode="after")
     def _options_exist(self) -> MethodChoice:
@@ -89,8 +100,20 @@ class MethodChoice(Section):
         return [{**self.options, **dict(zip(self.grid, v, strict=True))} for v in values]
 
     def changes(self) -> dict[str, Any]:
-        """What differs in training for this method."""
-        return self.train.model_dump(exclude_unset=True)
+        """What differs in training for this method, as plain values."""
+        changes = self.train.model_dump(exclude_unset=True)
+        if self.pretrain is not None:
+            changes["pretrain"] = self.pretrain.model_dump(exclude_unset=True)
+        return changes
+
+    def training(self, common: TrainSection) -> TrainSection:
+        """How it is trained: as the file says, but for what differs."""
+        return common.model_copy(update=self.train.model_dump(exclude_unset=True))
+
+    def pretraining(self, common: TrainSection) -> PretrainSection | None:
+        """How the base is trained first, in the precision of all training."""
+        update = {"precision": common.precision}
+        return None if self.pretrain is None else self.pretrain.model_copy(update=update)
 
 
 class Comparison(Section):
@@ -115,6 +138,16 @@ class Comparison(Section):
     train: TrainSection = TrainSection()
     output: str = "runs/comparison"
     seed: int = Field(0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pretrain_belongs_to_methods(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and "pretrain" in value:
+            raise ValueError(
+                "pretrain belongs to a method, so that others start from the base as it is: "
+                "methods: [{name: taps, pretrain: {epochs: 20}}]"
+            )
+        return value
 
     @field_validator("methods", mode="before")
     @classmethod
@@ -169,7 +202,10 @@ class Comparison(Section):
 
 def label(name: str, options: Mapping[str, Any], changes: Mapping[str, Any]) -> str:
     """A method with its options as people read it: ``taps penalty=0.3 train.lr=0.01``."""
-    parts = {**options, **{f"train.{key}": value for key, value in changes.items()}}
+    first = changes.get("pretrain")
+    train = {f"train.{key}": v for key, v in changes.items() if key != "pretrain"}
+    pretrain = {f"pretrain.{key}": v for key, v in first.items()} if first else {"pretrain": "yes"}
+    parts = {**options, **train, **({} if first is None else pretrain)}
     values = (f"{key}={_short_value(value)}" for key, value in sorted(parts.items()))
     return " ".join([name, *values])
 

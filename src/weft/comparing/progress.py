@@ -118,7 +118,7 @@ class Display:
             cell: the cell.
             event: what has happened.
         """
-        epochs = cell.experiment.train.epochs
+        epochs = cell.epochs
         if event is None:
             self._began[cell.name] = time.monotonic()
             if self._bar is not None:

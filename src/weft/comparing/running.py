@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ from .measuring import (
     peak_memory,
     reset_peak_memory,
 )
+from .pretrained import over_the_base, seconds_before, trained_first
 
 OnEpoch = Callable[[int], None]
 """Called with the number of epochs that are done."""
@@ -61,19 +63,15 @@ def run_cell(cell: Cell, on_epoch: OnEpoch) -> None:
     base, stated = load_experiment_base(experiment)
     sets = read_data(experiment)
     loaders = {name: make_loaders(experiment, name, data, stated) for name, data in sets.items()}
-    drawn = experiment.model_copy(update={"seed": cell.seed})
-    model = make_model(drawn, base, sets, first_rows(loaders))
+    drawn, example = experiment.model_copy(update={"seed": cell.seed}), first_rows(loaders)
+    start = base
+    if cell.pretrained:
+        start = trained_first(cell, base, sets, loaders, example, on_epoch)
+    model = make_model(drawn, start, sets, example)
     reset_peak_memory(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    history = fit(
-        model,
-        {name: (splits["train"], splits.get("val")) for name, splits in loaders.items()},
-        **experiment.train.model_dump(exclude={"joint"}),
-        seed=cell.seed,
-        checkpoint=folder.checkpoint("cell"),
-        log=folder.history("cell"),
-        callbacks=(lambda epoch: _tell(epoch, on_epoch),),
-        progress=False,
-    )
+    history = _fit(cell, model, loaders, on_epoch)
+    if cell.pretrained:
+        model = over_the_base(model, base)
     device = device_of(model)
     memory = {
         "peak_memory_bytes": peak_memory(),
@@ -98,6 +96,33 @@ def run_cell(cell: Cell, on_epoch: OnEpoch) -> None:
     wall = round(time.perf_counter() - began, 3)
     put_json(cell.file(RESULT), {"cell": cell.name, "wall_seconds": wall, "rows": rows})
     clear(cell)
+
+
+def _fit(
+    cell: Cell,
+    model: MultiTaskModel,
+    loaders: Mapping[str, Mapping[str, Loader]],
+    on_epoch: OnEpoch,
+) -> History:
+    """Train the tasks, together or in turn."""
+    settings, folder = cell.experiment.train.model_dump(exclude={"joint"}), cell.folder
+    together, log = History(), folder.history("cell")
+    for place, names in enumerate(cell.turns):
+        before = cell.epochs - (len(cell.turns) - place) * cell.experiment.train.epochs
+        history = fit(
+            model,
+            {name: (loaders[name]["train"], loaders[name].get("val")) for name in names},
+            **settings,
+            seed=cell.seed,
+            checkpoint=folder.checkpoint("cell" if len(cell.turns) == 1 else f"cell{place}"),
+            log=log if len(cell.turns) == 1 else None,
+            callbacks=(partial(_tell, before, on_epoch),),
+            progress=False,
+        )
+        together.rows |= history.rows
+        together.best |= history.best
+    together.write(log)
+    return together
 
 
 @torch.no_grad()
@@ -125,8 +150,8 @@ def clear(cell: Cell) -> None:
         cell.file(name).unlink(missing_ok=True)
 
 
-def _tell(epoch: Epoch, on_epoch: OnEpoch) -> None:
-    on_epoch(epoch.number + 1)
+def _tell(before: int, on_epoch: OnEpoch, epoch: Epoch) -> None:
+    on_epoch(before + epoch.number + 1)
 
 
 def _about(cell: Cell, model: MultiTaskModel, device: torch.device) -> dict[str, Any]:
@@ -174,7 +199,7 @@ def _row(
         "higher_is_better": choosing_scores(model, {name: {main: 1.0}})[name] > 0,
         "scores": scores,
         "disk_bytes": bytes_on_disk(bank.path / "tasks" / name),
-        "seconds": round(sum(row["seconds"] for row in rows), 3),
+        "seconds": round(seconds_before(cell) + sum(row["seconds"] for row in rows), 3),
         "epochs": len(rows),
         "best_epoch": history.best[name],
         "phase": rows[-1]["phase"],

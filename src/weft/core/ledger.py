@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,21 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Stored:
+    """What files of a bank take, in bytes; zeros of sparse tensors are left out there.
+
+    Args:
+        own: the task's own tensors.
+        head: its head.
+        shared: what the tasks of its model trained or added together, once for all of them.
+    """
+
+    own: int
+    head: int
+    shared: int
+
+
+@dataclass(frozen=True)
 class Ledger:
     """What one task owns, shares and costs.
 
@@ -48,12 +63,17 @@ class Ledger:
         rows: a row per tensor of the base, in the base's order, then the added ones.
         head_parameters: elements of the head's parameters.
         head_bytes: bytes of the head's parameters and buffers.
+        shared_parameters: elements of the parameters that the model's plan trains or adds, once
+            for all its tasks.
+        stored: what the task's files take, if the ledger is one of a bank.
     """
 
     task: str
     rows: tuple[Row, ...]
     head_parameters: int
     head_bytes: int
+    shared_parameters: int = 0
+    stored: Stored | None = field(default=None, compare=False)
 
     @property
     def own_parameters(self) -> int:
@@ -100,6 +120,7 @@ class Ledger:
             "own_fraction": self.own_fraction,
             "head_parameters": self.head_parameters,
             "head_bytes": self.head_bytes,
+            "shared_parameters": self.shared_parameters,
             "base_parameters": self.base_parameters,
             "open_gates": opened,
             "gates": gates,
@@ -156,6 +177,7 @@ def make_ledger(
     known_scores: Mapping[str, float],
     head: nn.Module | None,
     shared: Mapping[str, Tensor] | None = None,
+    shared_parameters: int = 0,
 ) -> Ledger:
     """The ledger of a task as it would be stored now: gates final, closed layers shared.
 
@@ -167,6 +189,7 @@ def make_ledger(
         known_scores: scores of gates that are final already, by base tensor name.
         head: the task's head, if it is built.
         shared: the shared tensors that the model's plan adds, by key.
+        shared_parameters: elements of what the model's plan trains or adds.
     """
     tensors = dict(named_tensors(base))
     buffers = {name for name, t in tensors.items() if not isinstance(t, nn.Parameter)}
@@ -206,4 +229,5 @@ def make_ledger(
         tuple(rows),
         head_parameters=0 if head is None else sum(p.numel() for p in head.parameters()),
         head_bytes=sum(_bytes(t) for t in head_tensors),
+        shared_parameters=shared_parameters,
     )

@@ -382,7 +382,11 @@ class MultiTaskModel(nn.Module):
         """What the task owns, shares and costs, as it would be stored now."""
         state = self._state(task)
         own, shared = state.own.to_dict(), self.shared.to_dict()
-        return make_ledger(task, self.base, state.patches, own, state.scores, state.head, shared)
+        trained = (p for n, p in self.base.named_parameters() if n in self.sharing.train_shared)
+        count = sum(p.numel() for p in (*trained, *self.shared.parameters()))
+        return make_ledger(
+            task, self.base, state.patches, own, state.scores, state.head, shared, count
+        )
 
     def fold(self, task: str) -> nn.Module:
         """A plain module of the base's class with the task baked in, without its head.

@@ -112,7 +112,10 @@ class Runner:
         known = self._replacing.get(state)
         if known is not None and known.still(state.patches, held):
             return known.tensors
-        own = {**self._shared.to_dict(), **state.own.to_dict()}
+        shared = self._shared.to_dict()
+        if not state.sharing.trains_shared:
+            shared = {k: t.detach() if t.requires_grad else t for k, t in shared.items()}
+        own = {**shared, **state.own.to_dict()}
         found: dict[str, Tensor] = {}
         cast = False
         for name, patch in state.patches.items():

@@ -1,6 +1,6 @@
 """DiSparse: one sparse network for all tasks, in which a weight goes only if every task lets it go.
 
-Sun, Hassani, Wang, Ramanan, Feris, Shi, "DiSparse: Disentangled Sparsification for Multitask Model
+Sun, Hassani, Wang, Huang, Shi, "DiSparse: Disentangled Sparsification for Multitask Model
 Compression", CVPR 2022, https://arxiv.org/abs/2206.04662.
 """
 
@@ -48,7 +48,7 @@ def disparse(
     the head goes if its task does not keep it, a shared weight if no task does. rho is such that
     ``sparsity`` of all these weights are zero.
 
-    Source: sections 3.2 (static, pretrained) and 3.3 (dynamic).
+    Source: the variants "static", "pretrained" and "dynamic" of the paper and the authors' code.
 
     Args:
         base: a module with convolutions or linear layers.

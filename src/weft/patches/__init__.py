@@ -4,12 +4,14 @@ from weft.core.patch import Patch, Replace
 
 from .gated import GatedResidual, GatedTuned
 from .low_rank import LowRankSum
+from .mixture import Mixture
 
 PATCHES: dict[str, type[Patch]] = {
     "replace": Replace,
     "gated_tuned": GatedTuned,
     "gated_residual": GatedResidual,
     "low_rank_sum": LowRankSum,
+    "mixture": Mixture,
 }
 
-__all__ = ["PATCHES", "GatedResidual", "GatedTuned", "LowRankSum", "Patch", "Replace"]
+__all__ = ["PATCHES", "GatedResidual", "GatedTuned", "LowRankSum", "Mixture", "Patch", "Replace"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, Literal, final
 
 from weft.errors import DataError, PlanError
 
@@ -16,6 +16,9 @@ NEEDED = (
     "task", "label", "method", "options", "train", "seed", "cell", "metric", "higher_is_better",
     "val", "test", "own_bytes", "head_bytes", "shared_bytes", "base_bytes",
 )  # fmt: skip
+
+
+Split = Literal["val", "test"]
 
 
 @final
@@ -38,6 +41,10 @@ class Scores:
     test: tuple[float, ...]
     own_bytes: tuple[int, ...]
     head_bytes: tuple[int, ...]
+
+    def on(self, split: Split) -> tuple[float, ...]:
+        """The scores on a split."""
+        return self.val if split == "val" else self.test
 
 
 @final

@@ -29,6 +29,7 @@ def plan_curve(
     weights: Mapping[str, float] | None = None,
     heads: bool = False,
     max_seeds: int | None = None,
+    relative_to: str | None = None,
 ) -> pd.DataFrame:
     """Plans at several budgets beside the best single method at each.
 
@@ -41,6 +42,7 @@ def plan_curve(
         weights: as for `plan`.
         heads: as for `plan`.
         max_seeds: as for `plan`.
+        relative_to: as for `plan`.
 
     Returns:
         A row for each budget: what plan and best single method take and score on validation and
@@ -53,7 +55,9 @@ def plan_curve(
     """
     import pandas as pd
 
-    asked, folder = question(comparison, objective, weights, heads=heads, max_seeds=max_seeds)
+    asked, folder = question(
+        comparison, objective, weights, heads=heads, max_seeds=max_seeds, relative_to=relative_to
+    )
     if budgets is None:
         limits = sweep(asked, points)
     else:
@@ -100,7 +104,7 @@ def _row(made: Plan) -> dict[str, Any]:
             f"{name}_test_std": test[1],
         }
     row["single"] = None if made.best_single is None else made.best_single.name
-    sign = next(iter(made.question.choices.choices[0].scores.values())).sign
+    sign = made.question.sign
     for split in ("val", "test"):
         row[f"{split}_gain"] = sign * (row[f"plan_{split}"] - row[f"single_{split}"])
     row["methods"] = ", ".join(sorted({pick.label for pick in made.chosen.picks}))

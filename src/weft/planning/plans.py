@@ -79,6 +79,7 @@ class Plan:
             "counted": "own and shared bytes" + (" and heads" if q.heads else ", without heads"),
             "objective": q.objective,
             "weights": dict(q.weights),
+            "relative_to": q.relative_to,
             "seeds": list(q.choices.seeds),
             "plan": _scores(self.chosen),
             "best_single": None if self.best_single is None else _scores(self.best_single),
@@ -126,6 +127,7 @@ def plan(
     weights: Mapping[str, float] | None = None,
     heads: bool = False,
     max_seeds: int | None = None,
+    relative_to: str | None = None,
 ) -> Plan:
     """Choose what each task should own, best on validation within a budget for all together.
 
@@ -139,6 +141,10 @@ def plan(
         weights: by task, its weight in the mean, >= 0; default 1.
         heads: whether the bytes of heads count.
         max_seeds: use at most so many seeds of each cell, the first ones.
+        relative_to: a method, by its label or its name alone. The objective is then about relative
+            improvements over its scores, in percent and signed so that larger is better; without
+            weights their mean is Delta_T (`weft.relative_improvement`). So tasks with different
+            metrics can be planned for.
 
     Returns:
         The plan, with its test scores and every single method beside it.
@@ -148,7 +154,9 @@ def plan(
         ConfigError: a budget, objective or weight that cannot be.
         DataError: there is no comparison.
     """
-    asked, folder = question(comparison, objective, weights, heads=heads, max_seeds=max_seeds)
+    asked, folder = question(
+        comparison, objective, weights, heads=heads, max_seeds=max_seeds, relative_to=relative_to
+    )
     limit = budget_in_bytes(budget, asked.choices.base_bytes)
     return answer(asked, limit, folder)
 
@@ -191,8 +199,7 @@ def _singles(asked: Question) -> tuple[Selection, ...]:
         covered = [task for pick in picks for task in pick.tasks]
         if sorted(covered) == sorted(asked.choices.tasks):
             found.append(selection(asked, label, picks))
-    sign = next(iter(asked.choices.choices[0].scores.values())).sign
-    return tuple(sorted(found, key=lambda s: (-sign * s.val[0], s.bytes)))
+    return tuple(sorted(found, key=lambda s: (-asked.sign * s.val[0], s.bytes)))
 
 
 def _scores(chosen: Selection) -> dict[str, Any]:

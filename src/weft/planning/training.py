@@ -134,7 +134,11 @@ def _comparison(cells: list[Cell], root: Path) -> Comparison:
     choices = {}
     for cell in cells:
         method = cell.experiment.method
-        choices[cell.label] = MethodChoice(name=method.name, options=method.options)
+        content = {"name": method.name, "options": method.options}
+        if cell.experiment.pretrain is not None:
+            stated = cell.experiment.pretrain.model_dump(exclude={"precision", "trackers"})
+            content["pretrain"] = stated
+        choices[cell.label] = validated(MethodChoice, content)
     tasks = {task: c.experiment.tasks[task] for c in cells for task in c.tasks}
     return Comparison(
         base=first.base,

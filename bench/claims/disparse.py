@@ -1,0 +1,212 @@
+"""How sparse can one network for several tasks be: DiSparse against pruning that knows no tasks.
+
+All networks train from scratch and start, for a seed, from the same weights; "magnitude" and
+"saliency" prune the same network to the same sparsity, heads included, by one ranking for all
+tasks. The last epoch is reported, so no choice is made on test data. ``--smoke`` runs two steps of
+four epochs of each cell into a folder of its own; ``--table`` prints what is there.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import fleet
+import torch
+import yaml
+from dense_and_census import PROBLEMS
+from torch import nn
+
+import weft
+from weft.core.sites import layer_weights
+from weft.methods.growth import largest
+from weft.methods.sparsity import all_weights, apart, overlap, set_mask, zeros
+
+HERE = Path(__file__).parent
+Config = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class PruneTogether:
+    """The baselines: one ranking of all weights, shared ones and heads, for all tasks together."""
+
+    sparsity: float
+    saliency: bool
+    factors: Mapping[str, float]
+
+    def __call__(self, model: weft.MultiTaskModel, data: Mapping[str, Iterable[Any]]) -> None:
+        names = layer_weights(model.base)
+        weights = all_weights(model, names)
+        scores = {place: w.detach().abs() for place, w in weights.items()}
+        if self.saliency:
+            probe = apart(model, names)
+            places = all_weights(probe, names)
+            sums = {place: torch.zeros_like(s) for place, s in scores.items()}
+            for found in zip(*data.values(), strict=False):
+                batches = dict(zip(data, found, strict=True))
+                loss = joint_loss(probe, batches, self.factors)
+                gradients = torch.autograd.grad(loss, list(places.values()))
+                for place, gradient in zip(places, gradients, strict=True):
+                    sums[place] += gradient.abs()
+            scores = {place: s * sums[place] for place, s in scores.items()}
+        flat = torch.cat([s.reshape(-1) for s in scores.values()])
+        keep = largest(flat, round((1 - self.sparsity) * len(flat)))
+        parts = keep.split([s.numel() for s in scores.values()])
+        for (place, weight), part in zip(weights.items(), parts, strict=True):
+            set_mask(model, place[0], place[1], weight, part.view_as(weight))
+
+
+def joint_loss(
+    model: weft.MultiTaskModel, batches: Mapping[str, Any], factors: Mapping[str, float]
+) -> torch.Tensor:
+    """The weighted sum of the tasks' losses on one step."""
+    outputs = model.step({task: x for task, (x, _) in batches.items()}).outputs
+    losses = [
+        factors.get(task, 1.0) * model.tasks[task].task.loss(outputs[task], y)
+        for task, (_, y) in batches.items()
+    ]
+    return torch.stack(losses).sum()
+
+
+def make_plan(base: nn.Module, method: str, sparsity: float, seed: int, weights: Any) -> Any:
+    """The plan of a cell."""
+    if method == "dense":
+        return weft.disparse(base, sparsity=0.0)
+    if method == "magnitude":
+        plan = weft.disparse(base, sparsity=sparsity, variant="pretrained")
+        first, last = plan.phases
+        prepare = PruneTogether(sparsity, False, weights)
+        return replace(plan, phases=(first, replace(last, prepare=prepare)))
+    if method == "saliency":
+        plan = weft.disparse(base, sparsity=sparsity)
+        prepare = PruneTogether(sparsity, True, weights)
+        return replace(plan, phases=(replace(plan.phases[0], prepare=prepare),))
+    if method == "taylor":
+        return weft.disparse(base, sparsity=sparsity, variant="pretrained", score="taylor")
+    return weft.disparse(base, sparsity=sparsity, variant=method, seed=seed)
+
+
+def run_cell(
+    config: Config, data: Path, name: str, method: str, sparsity: float, seed: int
+) -> Config:
+    """Train and score one cell, and store it."""
+    started = time.perf_counter()
+    about = config["data"][name]
+    problem = PROBLEMS[name](data)
+    batches = problem.loaders(about["batch_size"], config.get("rows"))
+    example = problem.first("train", 2)
+    torch.manual_seed(seed)
+    base = problem.base()
+    plan = make_plan(base, method, sparsity, seed, about["weights"])
+    model = weft.MultiTaskModel(base, plan, example=example)
+    torch.manual_seed(seed)  # heads start alike
+    for task, description in problem.tasks.items():
+        model.add_task(task, description)
+    history = weft.fit(
+        model,
+        (batches["train"], batches["val"]),
+        epochs=about["epochs"],
+        steps=config.get("steps"),
+        lr=config["lr"],
+        optimizer="adamw",
+        weight_decay=config["weight_decay"],
+        weights=about["weights"],
+        keep="last",
+        seed=seed,
+        progress=False,
+    )
+    test = weft.evaluate(model, batches["test"])
+    full = weft.multiply_adds(model.eval(), example)
+    left = weft.multiply_adds(model, example, skip_zeros=True)
+    with tempfile.TemporaryDirectory() as folder:
+        bank = weft.Bank(folder)
+        bank.save(model)
+        stored = {task: vars(bank.ledger(task).stored) for task in model.task_names}
+    shared = {n: model.base.get_parameter(n) for n in plan.masked}
+    return {
+        "data": name,
+        "method": method,
+        "sparsity": sparsity,
+        "seed": seed,
+        "zeros": zeros(model),
+        "zeros_by_layer": {n: 1 - int(w.count_nonzero()) / w.numel() for n, w in shared.items()},
+        "overlap": overlap(model),
+        "test": test,
+        "val": {task: history[task][-1]["val"] for task in model.task_names},
+        "stored_bytes": stored,
+        "multiply_adds": {task: full.of(task) for task in model.task_names},
+        "counted_without_zeros": {task: left.of(task) for task in model.task_names},
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def table(config: Config, out: Path) -> None:
+    """Means and standard deviations over seeds, and Delta_T against the dense network."""
+    cells: dict[tuple[str, str, float], list[Config]] = defaultdict(list)
+    for file in sorted(out.glob("*.json")):
+        found = json.loads(file.read_text())
+        cells[found["data"], found["method"], found["sparsity"]].append(found)
+    for (name, method, sparsity), runs in sorted(cells.items()):
+        metrics = config["data"][name]["reference"]
+        deltas = []
+        for run in runs:
+            (dense,) = (d for d in cells[name, "dense", 0.0] if d["seed"] == run["seed"])
+            changes = []
+            for task, chosen in metrics.items():
+                for metric in chosen:
+                    sign = -1 if metric == "mae" else 1
+                    new, old = run["test"][task][metric], dense["test"][task][metric]
+                    changes.append(sign * 100 * (new - old) / old / len(chosen))
+            deltas.append(sum(changes) / len(metrics))
+        spread = statistics.stdev(deltas) if len(deltas) > 1 else 0.0
+        scores = {
+            f"{task}.{metric}": statistics.mean(run["test"][task][metric] for run in runs)
+            for task, chosen in metrics.items()
+            for metric in chosen
+        }
+        stored = sum(sum(s[k] for s in runs[0]["stored_bytes"].values()) for k in ("own", "head"))
+        stored += next(iter(runs[0]["stored_bytes"].values()))["shared"]
+        words = ", ".join(f"{k} {v:.4f}" for k, v in scores.items())
+        print(
+            f"{name} {method} {sparsity:.0%} ({len(runs)} seeds): Delta_T "
+            f"{statistics.mean(deltas):+.2f} ± {spread:.2f}; {words}; {stored / 1e3:.0f} kB"
+        )
+
+
+def main() -> None:
+    """Run all cells that are not there yet."""
+    parser = fleet.arguments(__doc__, HERE / "results" / "disparse")
+    parser.add_argument("--smoke", action="store_true", help="a few steps of each cell, one seed")
+    parser.add_argument("--table", action="store_true", help="print the results that there are")
+    given = parser.parse_args()
+    config = yaml.safe_load((HERE / "disparse.yaml").read_text())
+    out = given.out
+    if given.smoke:
+        few = {"epochs": 4, "batch_size": 8}
+        config["data"] = {name: {**about, **few} for name, about in config["data"].items()}
+        config |= {"seeds": [0], "steps": 2, "rows": 48, "sparsities": [0.9]}
+        out = out.with_name(out.name + "-smoke")
+    cells = [
+        (name, method, sparsity, seed)
+        for seed in config["seeds"]
+        for name in config["data"]
+        for method, sparsity in [
+            ("dense", 0.0),
+            *((m, s) for s in config["sparsities"] for m in config["methods"]),
+        ]
+    ]
+    if not given.table:
+        fleet.run(partial(run_cell, config, given.data), cells, out, given.jobs)
+    table(config, out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""BoRA: the low-rank tensors of all tasks are tied to a mean that is learned with them.
+
+Eide, Frigessi, "BoRA: Bayesian Hierarchical Low-Rank Adaption for Multi-Task Large Language
+Models", 2024, https://arxiv.org/abs/2407.15857.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from weft.core.checks import adapter_tensors
+from weft.core.sharing import Created, Sharing
+from weft.core.sites import named_tensors
+from weft.errors import PlanError
+from weft.penalties import TieToMean
+
+from .lora import lora
+
+MEAN = "mean:"
+"""What the key of a mean begins with; the key of the own tensors follows."""
+
+
+def bora(
+    base: nn.Module,
+    *,
+    tau: float = 100.0,
+    r: int = 16,
+    alpha: float = 16.0,
+    dropout: float = 0.0,
+    target: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    form: Literal["squared", "norm"] = "squared",
+    rows: float = 1.0,
+) -> Sharing:
+    """LoRA for each task, with the prior theta_t ~ N(Theta, I / tau) on its factors.
+
+    The tasks train together on ``sum_t NLL_t(theta_t) + tau / 2 sum_t |theta_t - Theta|^2``, where
+    Theta, the mean, is learned as well. It is not used in the forward. tau = 0 is LoRA for each
+    task alone, without a mean; a large one is the same low-rank change for all tasks.
+
+    The negative log-likelihood of a task is a sum over its rows: a task with many rows heeds the
+    prior less. `fit` takes means over rows, so give it ``weights={task: its rows / mean rows}`` and
+    this plan ``rows=`` the mean number of rows of a task.
+
+    Args:
+        base: as for `lora`.
+        tau: precision of the prior, >= 0; chosen on validation.
+        r: as for `lora`, like alpha, dropout, target and exclude.
+        alpha: as there.
+        dropout: as there.
+        target: as there.
+        exclude: as there.
+        form: "squared", or "norm": ``tau sum_t sum_i |theta_ti - Theta_i|`` over tensors i.
+        rows: what the charge is divided by, > 0.
+
+    Returns:
+        The plan. With tau > 0 the tasks' mean trains with all of them.
+
+    Raises:
+        PlanError: a wrong option, or nothing to adapt.
+
+    Source: section 3; "norm" is what the authors' code charges.
+
+    Differs from the paper in that tasks start at random factors of their own, as in `lora`, not at
+    a common start; and see `lora` for which layers.
+    """
+    plan = lora(base, r=r, alpha=alpha, dropout=dropout, target=target, exclude=exclude)
+    options = {key: plan.options[key] for key in ("r", "alpha", "dropout", "target", "exclude")}
+    stated = {"tau": tau, **options, "form": form, "rows": rows}
+    tied = tie_to_mean(plan, base, tau, form=form, rows=rows)
+    return replace(tied, method="bora", options=stated)
+
+
+def tie_to_mean(
+    plan: Sharing,
+    base: nn.Module,
+    tau: float,
+    *,
+    form: Literal["squared", "norm"] = "squared",
+    rows: float = 1.0,
+) -> Sharing:
+    """A plan whose tasks are charged for the distance of what they own to a learned mean.
+
+    Args:
+        plan: any whose tasks only own tensors.
+        base: that it is for.
+        tau: precision, >= 0; 0 gives the plan itself.
+        form: as for `bora`.
+        rows: as for `bora`.
+
+    Returns:
+        The plan with a mean for each own floating-point parameter, which trains with all tasks.
+
+    Raises:
+        PlanError: a number out of range, or a plan whose tasks share trained tensors already.
+    """
+    if not 0.0 <= tau < math.inf:
+        raise PlanError(f"tau is a precision of at least 0, found {tau!r}.")
+    if not 0.0 < rows < math.inf:
+        raise PlanError(f"rows is a number over 0, found {rows!r}.")
+    if form not in ("squared", "norm"):
+        raise PlanError(f"form is 'squared' or 'norm', found {form!r}.")
+    if tau == 0.0:
+        return plan
+    if not plan.only_owns:
+        raise PlanError(
+            f"The tasks of '{plan.method}' share trained tensors. Tie tasks that only own theirs."
+        )
+    start = {k: t for k, t in _fresh(plan, base).items() if isinstance(t, nn.Parameter)}
+    means = {MEAN + key: Created(tensor.detach().clone()) for key, tensor in start.items()}
+    charge = TieToMean(tau / rows, tuple(start), MEAN, form)
+    return replace(plan, created=means, penalties=(*plan.penalties, charge))
+
+
+def _fresh(plan: Sharing, base: nn.Module) -> dict[str, Tensor]:
+    """The own tensors of a new task; random numbers drawn for them change nothing else."""
+    tensors = dict(named_tensors(base))
+    with torch.random.fork_rng(devices=[]):
+        own, _ = adapter_tensors(base, plan)
+        for name, patch in plan.patches.items():
+            own |= patch.init(name, tensors[name])
+    return own

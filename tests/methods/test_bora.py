@@ -1,0 +1,197 @@
+"""BoRA: the prior's formula, its limits, and that training finds the most probable tensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import weft
+from weft.errors import PlanError
+from weft.methods.bora import MEAN
+from weft.penalties import TieToMean
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 4))
+
+
+def rows(seed: int) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(24, 5, generator=generator)
+    return [(x, (x[:, seed % 5] > 0).long())]
+
+
+def trained(plan: weft.Sharing, base: nn.Module, **options: Any) -> weft.MultiTaskModel:
+    model = weft.MultiTaskModel(base, plan, example=torch.zeros(1, 5))
+    torch.manual_seed(1)
+    for name in "ab":
+        model.add_task(name, weft.Classification(2))
+    data = {"a": rows(0), "b": rows(1)}
+    settings = {"epochs": 5, "lr": 0.01, "optimizer": "adamw", "progress": False, **options}
+    weft.fit(model, data, **settings)
+    return model
+
+
+def test_tau_0_is_lora_for_each_task_alone_bit_for_bit() -> None:
+    base = net()
+    tied, free = weft.bora(base, tau=0, r=2), weft.lora(base, r=2, alpha=16)
+    assert not tied.created
+    assert not tied.penalties
+    one, other = trained(tied, base), trained(free, base)
+    for name in "ab":
+        for key, tensor in one.tasks[name].own.items():
+            assert torch.equal(tensor, other.tasks[name].own[key])
+
+
+def test_the_mean_is_not_used_in_the_forward_and_tasks_start_as_the_base() -> None:
+    base = net()
+    model = weft.MultiTaskModel(base, weft.bora(base, tau=10, r=2), example=torch.zeros(1, 5))
+    model.add_task("a", weft.Classification(2))
+    x = torch.randn(3, 5)
+    assert torch.equal(model.view("a")(x), base(x))
+    with torch.no_grad():
+        for key, tensor in model.shared.items():
+            if key.startswith(MEAN):
+                tensor.add_(1.0)
+    assert torch.equal(model.view("a")(x), base(x))
+
+
+@pytest.mark.parametrize("form", ["squared", "norm"])
+def test_the_charge_and_its_gradients_are_the_formula(form: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"A": (2, 3), "B": (4,)}
+
+    def draw(shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    own = {t: {k: draw(s) for k, s in shapes.items()} for t in "xyz"}
+    means = {MEAN + k: draw(s) for k, s in shapes.items()}
+    charge = TieToMean(3.0, tuple(shapes), MEAN, form)({t: {} for t in own}, own, means)
+    charge.backward()
+    expected, by_mean = 0.0, {k: np.zeros(s) for k, s in shapes.items()}
+    for tensors in own.values():
+        for key in shapes:
+            apart = (tensors[key] - means[MEAN + key]).detach().numpy()
+            size = np.sqrt((apart**2).sum())
+            expected += 1.5 * size**2 if form == "squared" else 3.0 * size
+            pull = 3.0 * apart if form == "squared" else 3.0 * apart / size
+            np.testing.assert_allclose(tensors[key].grad, pull)
+            by_mean[key] -= pull
+    assert float(charge.detach()) == pytest.approx(expected)
+    for key, pull in by_mean.items():
+        np.testing.assert_allclose(means[MEAN + key].grad, pull)
+
+
+def test_the_norm_has_a_gradient_of_0_where_nothing_is_apart() -> None:
+    own, mean = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    TieToMean(1.0, ("w",), MEAN, "norm")(
+        {"t": {}}, {"t": {"w": own}}, {MEAN + "w": mean}
+    ).backward()
+    assert own.grad is not None
+    assert torch.equal(own.grad, torch.zeros(3))
+
+
+def test_a_large_tau_is_one_adapter_for_all() -> None:
+    base = net()
+    apart = {}
+    for tau in (0.01, 1e4):
+        model = trained(weft.bora(base, tau=tau, r=2), base, epochs=300, lr=0.01)
+        a, b = (model.tasks[name].own for name in "ab")
+        apart[tau] = sum(float((a[k] - b[k]).detach().square().sum()) for k in a) ** 0.5
+        for key, tensor in model.shared.items():
+            if key.startswith(MEAN) and tau > 1:
+                middle = (a[key.removeprefix(MEAN)] + b[key.removeprefix(MEAN)]) / 2
+                torch.testing.assert_close(tensor, middle, atol=1e-2, rtol=0)
+    assert apart[1e4] < 1e-2 < apart[0.01]
+
+
+def half_squares(output: Tensor, target: Tensor) -> Tensor:
+    return 0.5 * (output.squeeze(1) - target).square().mean()
+
+
+# T tasks make the charge curve by up to (T + 1) tau / rows, rows = 17: SGD stays under 2 over it.
+@pytest.mark.parametrize(
+    ("tau", "optimizer", "lr"),
+    [(0.5, "adamw", 0.03), (100.0, "adamw", 0.03), (1e4, "sgd", 0.0014)],
+)
+def test_training_finds_the_most_probable_tensors_of_linear_gaussian_tasks(
+    tau: float, optimizer: Any, lr: float
+) -> None:
+    """y = X theta + noise of deviation 1, theta ~ N(Theta, I / tau): solved exactly beside it."""
+    generator = np.random.default_rng(0)
+    size, counts = 4, {"few": 3, "some": 8, "many": 40}
+    data = {}
+    for name, count in counts.items():
+        x = generator.normal(size=(count, size))
+        theta = 1.0 + 0.5 * generator.normal(size=size)
+        data[name] = (x, x @ theta + generator.normal(size=count))
+    # (X'X + tau) theta_t = X'y + tau Theta and Theta = mean theta_t, as one linear system.
+    places = {name: slice(i * size, (i + 1) * size) for i, name in enumerate(counts)}
+    system, right = np.zeros((4 * size, 4 * size)), np.zeros(4 * size)
+    mean = slice(3 * size, 4 * size)
+    for name, (x, y) in data.items():
+        at = places[name]
+        system[at, at], right[at] = x.T @ x + tau * np.eye(size), x.T @ y
+        system[at, mean], system[mean, at] = -tau * np.eye(size), -np.eye(size) / 3
+    system[mean, mean] = np.eye(size)
+    solved = np.linalg.solve(system, right)
+
+    base = nn.Sequential(nn.Linear(size, 1, bias=False))
+    nn.init.zeros_(base[0].weight)
+    average = np.mean(list(counts.values()))
+    plan = weft.tie_to_mean(weft.full_finetune(base), base, tau, rows=float(average))
+    model = weft.MultiTaskModel(base, plan, example=torch.zeros(1, size))
+    for name in counts:
+        model.add_task(name, weft.Task(head=nn.Identity(), loss=half_squares))
+    batches = {
+        n: [(torch.tensor(x).float(), torch.tensor(y).float())] for n, (x, y) in data.items()
+    }
+    weights = {name: float(count / average) for name, count in counts.items()}
+    weft.fit(model, batches, epochs=1000, lr=lr, optimizer=optimizer, weights=weights,
+             keep="last", progress=False)  # fmt: skip
+    for name, at in places.items():
+        found = model.tasks[name].own["0.weight"].detach().numpy().ravel()
+        np.testing.assert_allclose(found, solved[at], atol=3e-2)
+    theta = model.shared[MEAN + "0.weight"].detach().numpy().ravel()
+    np.testing.assert_allclose(theta, solved[mean], atol=3e-2)
+
+
+def test_any_own_tensors_can_be_tied_and_are_stored(tmp_path: Path) -> None:
+    base = net()
+    plan = weft.tie_to_mean(weft.bias_only(base), base, 5.0)
+    assert set(plan.created) == {MEAN + "0.bias", MEAN + "2.bias"}
+    model = trained(plan, base)
+    bank = weft.Bank(tmp_path / "bank")
+    bank.save(model)
+    loaded = bank.load(base)
+    x = torch.randn(3, 5)
+    assert torch.equal(loaded.eval()(x, task="b"), model.eval()(x, task="b"))
+    for key, tensor in model.shared.items():
+        assert torch.equal(loaded.shared[key], tensor)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"tau": -1.0}, "tau is a precision"),
+        ({"tau": float("inf")}, "tau is a precision"),
+        ({"rows": 0.0}, "rows is a number over 0"),
+        ({"form": "cubed"}, "'squared' or 'norm'"),
+        ({"r": 0}, "rank of 1 or more"),
+    ],
+)
+def test_wrong_options_are_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(PlanError, match=said):
+        weft.bora(net(), **options)
+
+
+def test_plans_that_share_trained_tensors_are_not_tied() -> None:
+    base = net()
+    with pytest.raises(PlanError, match="'hard_sharing' share trained tensors"):
+        weft.tie_to_mean(weft.hard_sharing(base), base, 1.0)
