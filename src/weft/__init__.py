@@ -21,6 +21,7 @@ from .methods.hard_sharing import hard_sharing
 from .methods.lora import lora
 from .methods.model_patches import depthwise_patch, scale_bias
 from .methods.paco import paco
+from .methods.rcm import rcm
 from .methods.taps import taps
 from .planning import Plan, plan
 from .registry import METHODS, method
@@ -80,6 +81,7 @@ __all__ = [
     "paco",
     "plan",
     "pretrain",
+    "rcm",
     "relative_improvement",
     "report",
     "scale_bias",

@@ -113,6 +113,21 @@ HARD_SHARING = Citation(
     2022,
     "2107.11359",
 )
+RCM = Citation(
+    "kanakis2020reparameterizing",
+    (
+        "Kanakis, Menelaos",
+        "Bruggemann, David",
+        "Saha, Suman",
+        "Georgoulis, Stamatios",
+        "Obukhov, Anton",
+        "Van Gool, Luc",
+    ),
+    "Reparameterizing Convolutions for Incremental Multi-Task Learning without Task Interference",
+    "European Conference on Computer Vision (ECCV)",
+    2020,
+    "2007.12540",
+)
 ADASHARE = Citation(
     "sun2020adashare",
     ("Sun, Ximeng", "Panda, Rameswar", "Feris, Rogerio", "Saenko, Kate"),

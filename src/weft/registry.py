@@ -23,6 +23,7 @@ from .methods.hard_sharing import hard_sharing
 from .methods.lora import lora
 from .methods.model_patches import depthwise_patch, scale_bias
 from .methods.paco import paco
+from .methods.rcm import rcm
 from .methods.taps import taps
 
 
@@ -82,6 +83,11 @@ METHODS: dict[str, Method] = {
         "LoRA for each task, tied to a mean that is learned with them (BoRA)",
         {Law.TASKS_ARE_ISOLATED: "the mean trains with every task, and pulls at all of them"},
         citations.BORA,
+    ),
+    "rcm": Method(
+        rcm,
+        "own a modulator of each layer's outputs over a frozen filter bank (RCM)",
+        citation=citations.RCM,
     ),
     "hard_sharing": Method(
         hard_sharing,

@@ -112,12 +112,31 @@ def _two_factors(model: weft.MultiTaskModel, r: int = 8) -> int:
     return count
 
 
+def _modulators(model: weft.MultiTaskModel) -> int:
+    """A square and a length for each output where that is smaller than the weight, else it all."""
+    sizes = {name: p.numel() for name, p in model.base.named_parameters()}
+    found = sites(model.base)
+    used = Counter(n for s in found for n in s.parameters)
+    count = _sizes(model, _norms(model))
+    for site in (s for s in found if s.kind in (Kind.LAYER, Kind.DEPTHWISE)):
+        if any(used[name] > 1 for name in site.parameters):
+            continue
+        layer = model.base.get_submodule(site.name)
+        grouped = isinstance(layer, _ConvNd) and (layer.groups > 1 or layer.transposed)
+        plain = isinstance(layer, (_ConvNd, nn.Linear)) and not grouped
+        for name in site.parameters:
+            square = len(layer.weight) ** 2 if plain and name.endswith("weight") else sizes[name]
+            count += square + len(layer.weight) if square < sizes[name] else sizes[name]
+    return count
+
+
 FORMULAS = {
     "linear_probe": lambda _: 0,
     "bias_only": lambda m: _sizes(m, _vectors_called_bias(m)),
     "scale_bias": lambda m: _sizes(m, _norms(m)),
     "depthwise_patch": lambda m: _sizes(m, _depthwise(m) | _norms(m)),
     "lora": _two_factors,
+    "rcm": _modulators,
     "bora": lambda m: _two_factors(m, 16),
     "taps": lambda m: _sizes(m, _open_layers(m) | _norms(m)),
     "hard_sharing": _private_end,

@@ -5,6 +5,7 @@ from weft.core.patch import Patch, Replace
 from .gated import GatedResidual, GatedTuned
 from .low_rank import LowRankSum
 from .mixture import Mixture
+from .modulated import Modulated, Offset
 
 PATCHES: dict[str, type[Patch]] = {
     "replace": Replace,
@@ -12,6 +13,18 @@ PATCHES: dict[str, type[Patch]] = {
     "gated_residual": GatedResidual,
     "low_rank_sum": LowRankSum,
     "mixture": Mixture,
+    "modulated": Modulated,
+    "offset": Offset,
 }
 
-__all__ = ["PATCHES", "GatedResidual", "GatedTuned", "LowRankSum", "Mixture", "Patch", "Replace"]
+__all__ = [
+    "PATCHES",
+    "GatedResidual",
+    "GatedTuned",
+    "LowRankSum",
+    "Mixture",
+    "Modulated",
+    "Offset",
+    "Patch",
+    "Replace",
+]

@@ -1,4 +1,4 @@
-"""A mixture: the tensor that a task uses is a weighted sum of a few tensors that all tasks share."""
+"""A mixture: the tensor that a task uses is a weighted sum of a few that all tasks share."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ class Mixture(Patch):
                 "k."
             )
         weights = numbers.softmax(0) if self.softmax else numbers
-        return torch.tensordot(weights.to(tensors[key].dtype), tensors[key], 1)
+        mixed: Tensor = torch.tensordot(weights.to(tensors[key].dtype), tensors[key], 1)
+        return mixed
 
     def harden(
         self,

@@ -1,0 +1,234 @@
+"""RCM: each layer is a frozen filter bank, modulated by every task.
+
+Kanakis, Bruggemann, Saha, Georgoulis, Obukhov, Van Gool, "Reparameterizing Convolutions for
+Incremental Multi-Task Learning without Task Interference", ECCV 2020,
+https://arxiv.org/abs/2007.12540.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import singledispatch
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from weft.core.channels import output_channels
+from weft.core.patch import Patch, Replace
+from weft.core.sharing import Created, Group, Sharing
+from weft.core.sites import Kind, Site, sites
+from weft.errors import DataError, PlanError
+from weft.patches.modulated import Modulated, bank_key, basis_key, offset
+
+from .model_patches import norm_patches
+
+LAYERS = (Kind.LAYER, Kind.DEPTHWISE)
+
+
+def rcm(
+    base: nn.Module,
+    *,
+    responses: Iterable[Any] | None = None,
+    rank: float = 1.0,
+    normalise: bool = True,
+) -> Sharing:
+    """A task owns a modulator of the outputs of every layer, over a filter bank that never trains.
+
+    y = W_t (W_s * x): W_s has the layer's geometry, W_t is 1x1 from its outputs to its outputs, and
+    nothing stands between them; here W_t W_s is composed into one weight, so that a task costs what
+    the base costs. Normalisation, its statistics and biases are the task's own, and so are layers
+    for which a modulator would be no smaller: 1x1 projections, depthwise and grouped convolutions.
+
+    With ``responses``, U is the principal components of the layer's responses to them: W_s = U^T W
+    and W_t starts at U. At full rank this is the base itself and only another system of
+    coordinates. With fewer components, W_t W_s x is U U^T y, and b = m - U U^T m, with m the mean
+    response, is put back: into the layer's bias, or else taken from the mean of the normalisation
+    that follows.
+
+    Args:
+        base: any network with layers.
+        responses: batches of the base's inputs, without targets; needed for a rank under 1.
+        rank: share of a layer's outputs that are kept as components, in (0, 1].
+        normalise: whether rows of modulators are normalised, with lengths of their own.
+
+    Returns:
+        The plan; adding tasks changes no other. Layers that stay shared are in its ``refused``.
+
+    Raises:
+        PlanError: a wrong option, or a base without layers.
+        DataError: the responses are none.
+
+    Source: sections 3.1 (reparametrisation), 3.2 (response initialisation), 3.3 (normalised
+    feature fusion).
+
+    Differs from the authors' code, which puts b back with the wrong sign, at full rank without
+    consequence; and in that W_t W_s is composed instead of two convolutions run in training.
+    """
+    if not 0.0 < rank <= 1.0:
+        raise PlanError(f"rcm(rank=...) is a share in (0, 1], found {rank!r}.")
+    if rank < 1.0 and responses is None:
+        raise PlanError(
+            f"rcm(rank={rank}) keeps the components that matter for data: give responses=batches."
+        )
+    found = sites(base)
+    used = Counter(name for site in found for name in site.parameters)
+    shapes = {name: p.shape for name, p in base.named_parameters()}
+    seen = None if responses is None else _responses(base, responses)
+    patches: dict[str, Patch] = {}
+    created: dict[str, Created] = {}
+    refused: dict[str, str] = {}
+    for site in (s for s in found if s.kind in LAYERS):
+        if site.refusal or any(used[name] > 1 for name in site.parameters):
+            refused[site.name] = site.refusal or "its weight is tied to another layer's"
+            continue
+        patches |= dict.fromkeys(site.parameters, Replace(anchor=True))
+        weight, layer = f"{site.name}.weight".lstrip("."), base.get_submodule(site.name)
+        if weight not in site.parameters or not _outputs_first(layer):
+            continue
+        kept = max(1, math.ceil(rank * shapes[weight][0]))
+        if shapes[weight][0] * kept >= shapes[weight].numel():
+            continue
+        if seen is None:
+            patches[weight] = Modulated(0, normalise)
+        elif site.name in seen:
+            part, put_back = _components(layer, seen[site.name], kept)
+            if put_back is not None and not site.biases and seen[site.name].norm is None:
+                continue  # nothing could take b: the task owns the layer
+            created |= {basis_key(weight): part[0], bank_key(weight): part[1]}
+            patches[weight] = Modulated(kept, normalise)
+            patches |= _put_back(site, seen[site.name], put_back)
+    if not patches:
+        raise PlanError("rcm modulates convolutions and linear layers, and this base has none.")
+    norms = norm_patches(base)
+    patches = {**norms, **patches}
+    gains = tuple(key for name, p in patches.items() for key in p.keys(name) if ":gain" in key)
+    return Sharing(
+        "rcm",
+        options={"rank": rank, "normalise": normalise, "responses": responses is not None},
+        patches=patches,
+        created=created,
+        groups=(Group(match=(*gains, *norms), decay=False),),
+        refused=refused,
+    )
+
+
+@singledispatch
+def _outputs_first(layer: Any) -> bool:  # noqa: ARG001
+    """Whether rows of the layer's weight are its outputs, which all read the same inputs."""
+    return False
+
+
+@_outputs_first.register
+def _(layer: nn.Linear) -> bool:  # noqa: ARG001
+    return True
+
+
+@_outputs_first.register
+def _(layer: _ConvNd) -> bool:
+    return layer.groups == 1
+
+
+@_outputs_first.register
+def _(layer: _ConvTransposeNd) -> bool:  # noqa: ARG001
+    return False
+
+
+# ------------------------------------------------------------------ responses
+
+
+@dataclass
+class _Seen:
+    """The responses of one layer, as sums over rows and places.
+
+    Args:
+        count: how many.
+        total: their sum, (out,).
+        products: of their outer products, (out, out).
+        norm: name of the normalisation that reads them, if one does.
+    """
+
+    count: int
+    total: Tensor
+    products: Tensor
+    norm: str | None = None
+
+
+@torch.no_grad()
+def _responses(base: nn.Module, batches: Iterable[Any]) -> dict[str, _Seen]:
+    """Run a copy of the base in eval mode and sum up what its layers answer."""
+    network = copy.deepcopy(base).eval()
+    seen: dict[str, _Seen] = {}
+    answers: dict[int, tuple[str, Tensor]] = {}  # tensors are kept, so that no id is used twice
+
+    def note(name: str, output: Any, axis: int) -> None:
+        if not isinstance(output, Tensor):
+            return
+        flat = output.movedim(axis, -1).flatten(0, -2).double()
+        before = seen.setdefault(name, _Seen(0, flat.new_zeros(()), flat.new_zeros(())))
+        before.count += len(flat)
+        before.total = before.total + flat.sum(0)
+        before.products = before.products + flat.T @ flat
+        answers[id(output)] = name, output
+
+    def follow(name: str, inputs: tuple[Any, ...]) -> None:
+        if inputs and id(inputs[0]) in answers:
+            seen[answers[id(inputs[0])][0]].norm = name
+
+    hooks = []
+    for site in sites(network):
+        module = network.get_submodule(site.name)
+        channels = output_channels(module)
+        if site.statistics:
+            hooks.append(
+                module.register_forward_pre_hook(lambda _, x, name=site.name: follow(name, x))
+            )
+        elif site.kind in LAYERS and channels is not None and _outputs_first(module):
+            hooks.append(
+                module.register_forward_hook(
+                    lambda _, __, y, name=site.name, at=channels.axis: note(name, y, at)
+                )
+            )
+    for batch in batches:
+        x = batch[0] if isinstance(batch, (tuple, list)) else batch
+        answers.clear()
+        network(**x) if isinstance(x, Mapping) else network(x)
+    if not seen:
+        raise DataError("rcm(responses=...) gave no batch. Give at least one batch of inputs.")
+    return seen
+
+
+def _components(
+    layer: nn.Module, seen: _Seen, kept: int
+) -> tuple[tuple[Created, Created], Tensor | None]:
+    """Basis and bank of a layer, and b where components were left out."""
+    mean = seen.total / seen.count
+    covariance = seen.products / seen.count - torch.outer(mean, mean)
+    vectors = torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, :kept]
+    weight = layer.get_parameter("weight").detach()
+    bank = (vectors.T @ weight.double().flatten(1)).view(kept, *weight.shape[1:])
+    parts = (Created(vectors.to(weight), trains=False), Created(bank.to(weight), trains=False))
+    if kept == len(mean):
+        return parts, None
+    put_back = mean - vectors @ (vectors.T @ mean)
+    bias = layer._parameters.get("bias")
+    if bias is not None:
+        # The bias c is part of the response y = W x + c, and only W x becomes U U^T W x: what is
+        # missing is b, and U U^T c - c.
+        known = bias.detach().double()
+        put_back = put_back + vectors @ (vectors.T @ known) - known
+    return parts, put_back
+
+
+def _put_back(site: Site, seen: _Seen, put_back: Tensor | None) -> dict[str, Patch]:
+    """Where b goes: into the bias, else off the mean that normalisation subtracts."""
+    if put_back is None:
+        return {}
+    if site.biases:
+        return {site.biases[0]: offset(put_back)}
+    return {f"{seen.norm}.running_mean": offset(-put_back)}
