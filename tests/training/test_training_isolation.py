@@ -64,8 +64,9 @@ def test_a_subset_of_tasks_that_share_what_they_train_is_refused(name: str) -> N
     with pytest.raises(PlanError, match=r"would change b\. .*subset=True"):
         weft.fit(model, {"a": in_order(images(16, 3, 1))}, epochs=1, progress=False)
     assert_same_bits(everything(model), before)
+    shared = {k: p.detach().clone() for k, p in model.shared_trainable().items()}
     weft.fit(model, {"a": in_order(images(16, 3, 1))}, epochs=1, subset=True, progress=False)
-    assert not torch.equal(model.shared_trainable()["6.weight"], base[6].weight)
+    assert any(not torch.equal(shared[k], p) for k, p in model.shared_trainable().items())
 
 
 def test_tasks_with_a_plan_of_their_own_depend_on_trained_shared_tensors_too() -> None:

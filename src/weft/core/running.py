@@ -26,7 +26,7 @@ from .rows import Arguments, call_arguments, count_rows, select_output
 from .sharing import Sharing
 from .sites import tensor_slots
 from .state import TaskState, TensorTable
-from .structure import buffers_of
+from .structure import SLOT, buffers_of
 from .together import SharedInputs
 from .view import View
 
@@ -114,7 +114,13 @@ class Runner:
             return known.tensors
         shared = self._shared.to_dict()
         if not state.sharing.trains_shared:
-            shared = {k: t.detach() if t.requires_grad else t for k, t in shared.items()}
+            # What the model's plan created does not train for a task of another plan; what
+            # adapters share belongs to the plan that has them.
+            sites = state.sharing.adapters
+            shared = {
+                k: t.detach() if t.requires_grad and k.partition(SLOT)[0] not in sites else t
+                for k, t in shared.items()
+            }
         own = {**shared, **state.own.to_dict()}
         found: dict[str, Tensor] = {}
         cast = False
