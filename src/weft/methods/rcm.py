@@ -110,7 +110,7 @@ def rcm(
     gains = tuple(key for name, p in patches.items() for key in p.keys(name) if ":gain" in key)
     return Sharing(
         "rcm",
-        options={"rank": rank, "normalise": normalise, "responses": responses is not None},
+        options={"rank": rank, "normalise": normalise},
         patches=patches,
         created=created,
         groups=(Group(match=(*gains, *norms), decay=False),),
