@@ -74,7 +74,9 @@ def test_a_task_climbs_only_while_it_pays(
     assert stated["tasks"]["head"]["chosen"] == "linear_probe"
     said = stated["tasks"]["head"]["said"]
     assert said == found.summary("head")
-    assert said.startswith("head owns 0 bytes by linear_probe. Not worth their bytes: taps budget=0.1")
+    assert said.startswith(
+        "head owns 0 bytes by linear_probe. Not worth their bytes: taps budget=0.1"
+    )
     assert " over the best cheaper step" in found.summary("layers")
 
 
@@ -196,6 +198,7 @@ def test_a_step_that_cannot_be_used_is_passed(
         ({"threshold": -1.0}, {}, "threshold"),
         ({"patience": 0}, {}, "patience"),
         ({}, {"pretrain": {"epochs": 1}}, "pretrain"),
+        ({}, {"train": {"joint": True}}, "each task goes as far as it pays"),
         ({}, {"method_of_a_task": "lora"}, "the method is what is looked for"),
     ],
 )

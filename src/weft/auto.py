@@ -205,6 +205,8 @@ def _check(experiment: Experiment, seeds: int, threshold: float, patience: int) 
         raise ConfigError(f"patience: found {patience}, expected at least 1.")
     if experiment.pretrain is not None:
         raise ConfigError("pretrain: the cheap methods stand on the base as it is. Leave it out.")
+    if experiment.train.joint:
+        raise ConfigError("train.joint: each task goes as far as it pays for it. Leave it out.")
     for name, section in experiment.tasks.items():
         if section.method is not None:
             raise ConfigError(
@@ -258,7 +260,7 @@ def _judge(name: str, way: _Way, cells: Sequence[Cell], failure: str, threshold:
     else:
         gain, error = gain_and_error(name, way.best, cells)
         pays = gain > threshold * error
-        what = "kept" if pays else "within the noise" if gain > -threshold * error else "worse"
+        what = "kept" if pays else "within the noise" if gain >= -threshold * error else "worse"
         said = f"{gain:+.4f}, standard error {error:.4f}: {what}"
     test = None if None in tests else statistics.fmean(tests)
     step = Step(label, val, test, size, gain, error, said)

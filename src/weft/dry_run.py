@@ -20,6 +20,7 @@ from .core.ledger import Ledger
 from .core.model import MultiTaskModel
 from .errors import WeftError
 from .tasks import task_from_spec
+from .training.schedule import phase_of_each_epoch
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ def dry_run(experiment: Experiment) -> list[PlannedTask]:
             apart = section.method
             sharing = common if apart is None else make_plan(apart, base, example)
             model.add_task(name, task_from_spec({"kind": "regression"}), sharing=sharing)
+            phase_of_each_epoch(sharing.phases, experiment.train.epochs, sharing.method)
         except WeftError as error:
             planned.append(PlannedTask(name, chosen.name, None, {}, {}, str(error), chosen.options))
             continue

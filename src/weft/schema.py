@@ -31,7 +31,9 @@ def read_content(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, A
     """
     file = Path(path)
     if not file.is_file():
-        raise ConfigError(f"There is no file '{file}'. Give the YAML file of an experiment.")
+        beside = [path.name for path in file.parent.glob("*.y*ml")]
+        hint = close_matches(file.name, beside)
+        raise ConfigError(f"There is no file '{file}'. Give the YAML file of an experiment.{hint}")
     try:
         content = _parse(file.read_text())
     except yaml.YAMLError as error:

@@ -53,9 +53,11 @@ def test_compare_plan_and_bank(comparison: Path, weft_command) -> None:
     assert json.loads(out)[0]["budget_bytes"] == 0
     assert len(pd.read_csv(run / "curve.csv")) >= 3
     for arguments in (["--budget", "2x"], ["--budget", "1x", "--budget", "3x"]):
-        code, out, _ = weft_command("plan", run, *arguments)
-        assert code == 0
-        assert "single" in out
+        for more in ([], ["--relative-to", "full_finetune"]):
+            code, out, _ = weft_command("plan", run, *arguments, *more)
+            assert code == 0
+            assert "single" in out
+            assert ("mprovement over full_finetune in %" in " ".join(out.split())) == bool(more)
 
 
 def made_base(comparison: Path) -> str:
@@ -94,12 +96,15 @@ def test_failures_are_told_by_words_and_by_the_exit_status(comparison: Path, wef
         (["compare", "{yaml}", "--device", "cuda"], "device: found 'cuda', expected one of cpu"),
         (["compare", "{yaml}", "--set", "methods=[tabs]"], "methods.0.name"),
         (["plan", "{yaml}", "--budget", "2x"], "Run weft compare"),
+        (["plan", "{yaml}l", "--budget", "2x"], "Close matches: comparison.yaml"),
+        (["compare", "{yaml}l"], "Close matches: comparison.yaml"),
+        (["compare", "{yaml}", "--set", "pretrain={}"], "methods: [{name: taps, pretrain:"),
     ],
 )
 def test_errors_say_what_to_do(
     comparison: Path, weft_command, arguments: list[str], said: str
 ) -> None:
-    code, _, err = weft_command(*(a.format(yaml=comparison) for a in arguments))
+    code, _, err = weft_command(*(a.replace("{yaml}", str(comparison)) for a in arguments))
     assert code == 2
     assert said in " ".join(err.split())
 
@@ -113,6 +118,7 @@ def test_errors_say_what_to_do(
         (["--budget", "2x", "--weight", "red"], "--weight is TASK=NUMBER"),
         (["--budget", "2x", "--weight", "rot=1"], "no task 'rot'"),
         (["--budget", "1x", "--budget", "2x", "--bank", "b"], "--bank takes one budget"),
+        (["--budget", "2x", "--relative-to", "lora"], "Labels: linear_probe"),
         (["--budget", "10", "--heads"], "the least that covers every task takes 144 bytes"),
     ],
 )

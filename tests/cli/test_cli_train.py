@@ -254,6 +254,31 @@ def test_train_within_a_budget(experiment: Path, weft_command) -> None:
 
 
 @pytest.mark.parametrize(
+    ("budget", "most"),
+    [("50%", None), ("0.5", None), ("1kB", 1000)],
+)
+def test_a_dry_run_says_what_a_budget_leaves(
+    experiment: Path, weft_command, budget: str, most: int | None
+) -> None:
+    base, _ = load_base(read(experiment).base.name)
+    parameters = sum(p.numel() for p in base.parameters())
+    buffers = sum(b.numel() * b.element_size() for b in base.buffers())
+    code, out, _ = weft_command("train", experiment, "--budget", budget, "--dry-run", "--json")
+    assert code == 0
+    expected = most or parameters // 2 * 4 + buffers  # a share is one of the parameters
+    assert [p["most_bytes"] for p in json.loads(out)] == [expected] * 2
+    code, out, _ = weft_command("train", experiment, "--budget", budget, "--dry-run")
+    assert "The budget leaves at most" in out
+    assert not (experiment.parent / "run").exists()
+
+
+def test_a_dry_run_says_that_there_are_too_few_epochs(experiment: Path, weft_command) -> None:
+    code, out, _ = weft_command("train", experiment, "--dry-run", "--set", "method.warmup=5")
+    assert code == 2
+    assert "needs at least 7 epochs" in " ".join(out.split())
+
+
+@pytest.mark.parametrize(
     ("options", "said"),
     [
         (("--budget", "10%", "--set", "method=lora"), "--budget is TAPS's"),
@@ -261,6 +286,9 @@ def test_train_within_a_budget(experiment: Path, weft_command) -> None:
         (("--budget", "much"), "A size is a number"),
         (("--budget", "10%", "--auto"), "leave out --budget"),
         (("--plan", "plan.yaml"), "--plan stands alone"),
+        (("--jobs", "2"), "--jobs belongs to --auto and --plan"),
+        (("--seeds", "3"), "--seeds belongs to --auto"),
+        (("-o", "elsewhere"), "Say --set output=FOLDER"),
     ],
 )
 def test_shortcuts_that_do_not_go_together(
@@ -280,7 +308,10 @@ def test_train_needs_something_to_train(weft_command) -> None:
 def test_auto_lists_its_steps_and_climbs(experiment: Path, weft_command) -> None:
     code, out, _ = weft_command("train", experiment, "--auto", "--dry-run", "--json")
     assert code == 0
-    assert next(iter(json.loads(out))) == "linear_probe"
+    steps = json.loads(out)
+    assert next(iter(steps)) == "linear_probe"
+    sizes = [step["most_bytes"] for step in steps.values() if step is not None]
+    assert sizes == sorted(sizes)
     code, out, _ = weft_command(
         "train", experiment, "--auto", "--patience", "1", "--threshold", "1000", "--json"
     )

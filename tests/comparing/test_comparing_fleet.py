@@ -149,6 +149,15 @@ def test_data_is_read_before_any_work(content: dict[str, Any], tmp_path: Path) -
     assert not (tmp_path / "run").exists()
 
 
+def test_a_split_without_rows_is_told_before_any_work(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    np.savez(tmp_path / "red.npz", x=np.zeros((1, 3, 6, 6), np.uint8), y=np.zeros(1, np.int64))
+    with pytest.raises(DataError, match=r"tasks\.red\.data: .* has no rows for val \(train 1, "):
+        compare(content, progress=False)
+    assert not (tmp_path / "run").exists()
+
+
 def test_seeds_share_splits_and_base_and_differ_in_training(content: dict[str, Any]) -> None:
     content |= {"methods": ["scale_bias"], "seeds": 2}
     frame = compare(content, progress=False).set_index(["task", "seed"])

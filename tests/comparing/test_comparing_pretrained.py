@@ -55,6 +55,7 @@ def test_it_is_what_weft_train_gives_and_the_base_is_trained_and_charged_once(
     assert set(over["shared_bytes"]) == {size}
     assert (frame[~frame["joint"].astype(bool)]["shared_bytes"] == 0).all()
     assert len(bases(tmp_path / "run")) == 1
+    assert not list((tmp_path / "run").rglob("checkpoint.pt"))
     assert (over["epochs"] == 2).all()
 
     alone = {key: both[key] for key in ("base", "tasks", "data", "train")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -56,6 +57,24 @@ def test_two_processes_give_what_one_gives(content: dict[str, Any], tmp_path: Pa
     two = compare(content, jobs=2, devices=["cpu"], progress=False)
     pd.testing.assert_frame_equal(one[SCORES], two[SCORES])
     assert set(two["device"]) == {"cpu"}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("plain_path")
+def test_two_processes_that_need_one_trained_base_train_it_once(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    first = {"name": "full_finetune", "pretrain": {"epochs": 30}}
+    content["methods"] = [first, {**first, "train": {"lr": 0.02}}]
+    one = compare({**content, "output": str(tmp_path / "one")}, progress=False)
+    two = compare(content, jobs=2, progress=False)
+    pd.testing.assert_frame_equal(one[SCORES], two[SCORES])
+    bases = list((tmp_path / "run" / "bases").iterdir())
+    assert len(bases) == 1
+    rows = (bases[0] / "pretraining" / "history.jsonl").read_text().splitlines()
+    assert len(rows) == 30 * 2
+    seconds = two.groupby("cell")["seconds"].min()
+    assert (seconds > sum(json.loads(row)["seconds"] for row in rows[::2])).all()
 
 
 @pytest.mark.slow

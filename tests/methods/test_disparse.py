@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import weft
+from laws.variants import ISOLATED, LAWS, OF_PATCHES, Variant, name_of, variants
 from weft.core.masks import head_key, head_weights, masked, shared_key
 from weft.core.sharing import Taken
 from weft.core.sites import layer_weights
@@ -589,3 +590,20 @@ def test_multiply_adds_of_zeros_are_counted_and_not_said_to_be_faster() -> None:
     found = weft.multiply_adds(model, x, skip_zeros=True).of("a")
     assert found == pytest.approx(expected, abs=2)
     assert found < 0.5 * full
+
+
+# ------------------------------------------------------------------------------------- the laws
+
+
+@pytest.mark.parametrize("law", [w for w in LAWS if w not in ISOLATED] + OF_PATCHES, ids=name_of)
+@pytest.mark.parametrize(
+    "case",
+    [
+        case
+        for case in variants("disparse", variant="dynamic", regrow="stale", batchnorm="private")
+        if case.base.name in ("convolutions", "residual", "tied", "custom")
+    ],
+    ids=str,
+)
+def test_options_keep_the_laws(case: Variant, law: Any) -> None:
+    law(case)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -31,17 +32,20 @@ def make():
 """
 
 
-@pytest.fixture
-def comparison(tmp_path: Path) -> dict[str, Any]:
-    """Three tasks on rows of numbers, under methods for each task and one for two together."""
-    (tmp_path / "net.py").write_text(textwrap.dedent(BASE))
+def files(folder: Path) -> None:
+    """A base in a file, and data of three tasks on rows of numbers."""
+    (folder / "net.py").write_text(textwrap.dedent(BASE))
     generator = np.random.default_rng(0)
     for i, name in enumerate("abc"):
         x = generator.normal(size=(120, 6)).astype(np.float32)
-        np.savez(tmp_path / f"{name}.npz", x=x, y=(x[:, i] > 0).astype(np.int64))
+        np.savez(folder / f"{name}.npz", x=x, y=(x[:, i] > 0).astype(np.int64))
+
+
+def content(folder: Path) -> dict[str, Any]:
+    """A comparison of methods for each task and of one for two of them together."""
     return {
-        "base": {"name": f"python:{tmp_path / 'net.py'}:make"},
-        "tasks": {name: {"data": f"npz:{tmp_path / name}.npz"} for name in "abc"},
+        "base": {"name": f"python:{folder / 'net.py'}:make"},
+        "tasks": {name: {"data": f"npz:{folder / name}.npz"} for name in "abc"},
         "methods": [
             "linear_probe",
             "full_finetune",
@@ -49,9 +53,24 @@ def comparison(tmp_path: Path) -> dict[str, Any]:
         ],
         "seeds": 2,
         "data": {"batch_size": 16},
-        "train": {"epochs": 3, "lr": 0.1},
-        "output": str(tmp_path / "run"),
+        "train": {"epochs": 2, "lr": 0.1},
     }
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a comparison that was run."""
+    folder = tmp_path_factory.mktemp("project")
+    files(folder)
+    compare({**content(folder), "output": str(folder / "run")}, progress=False)
+    return folder
+
+
+@pytest.fixture
+def comparison(project: Path, tmp_path: Path) -> dict[str, Any]:
+    """The same, run already, in a folder of the test's own."""
+    shutil.copytree(project / "run", tmp_path / "run")
+    return {**content(project), "output": str(tmp_path / "run")}
 
 
 def test_a_plan_is_assembled_from_kept_bundles(comparison: dict[str, Any], tmp_path: Path) -> None:
@@ -89,7 +108,8 @@ def test_a_plan_is_assembled_from_kept_bundles(comparison: dict[str, Any], tmp_p
 def test_a_plan_of_a_folder_is_that_of_its_table(
     comparison: dict[str, Any], tmp_path: Path
 ) -> None:
-    frame = compare({**comparison, "methods": ["linear_probe", "full_finetune"]}, progress=False)
+    separate = {**comparison, "methods": ["linear_probe", "full_finetune"]}
+    frame = compare(separate, progress=False)
     by_folder = plan(tmp_path / "run", "3x").to_dict()
     by_table = plan(frame, "3x").to_dict()
     by_file = plan(pd.read_csv(tmp_path / "run" / "results.csv"), "3x").to_dict()
@@ -103,12 +123,12 @@ def test_a_plan_of_a_folder_is_that_of_its_table(
 
 
 def same_tensors(one: Bank, other: Bank, task: str) -> bool:
-    files = sorted((one.path / "tasks" / task).rglob("*.safetensors"))
+    found = sorted((one.path / "tasks" / task).rglob("*.safetensors"))
     others = sorted((other.path / "tasks" / task).rglob("*.safetensors"))
-    assert files
-    return [load_file(f).keys() for f in files] == [load_file(f).keys() for f in others] and all(
+    assert found
+    return [load_file(f).keys() for f in found] == [load_file(f).keys() for f in others] and all(
         torch.equal(value, load_file(b)[key])
-        for a, b in zip(files, others, strict=True)
+        for a, b in zip(found, others, strict=True)
         for key, value in load_file(a).items()
     )
 
@@ -131,17 +151,14 @@ def test_a_plan_is_trained_from_its_file_alone(comparison: dict[str, Any], tmp_p
 
 
 def test_paths_of_a_plan_are_seen_from_where_it_was_made(
-    comparison: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     project = tmp_path / "project"
     project.mkdir()
-    for file in [tmp_path / "net.py", *tmp_path.glob("*.npz")]:
-        file.rename(project / file.name)
+    files(project)
     monkeypatch.chdir(project)
-    comparison |= {"base": {"name": "python:net.py:make"}, "output": "run"}
-    comparison["tasks"] = {name: {"data": f"npz:{name}.npz"} for name in "abc"}
-    comparison |= {"seeds": 1, "methods": ["linear_probe"], "train": {"epochs": 1}}
-    compare(comparison, progress=False)
+    relative = {**content(Path()), "methods": ["linear_probe"], "seeds": 1, "output": "run"}
+    compare({**relative, "train": {"epochs": 1}}, progress=False)
     plan("run", "2x").write("run/plan.yaml")
     train_plan("run/plan.yaml", progress=False)
     here = Bank(project / "run" / "chosen" / "bank")
@@ -159,8 +176,8 @@ def test_paths_of_a_plan_are_seen_from_where_it_was_made(
     with pytest.raises(PlanError, match=r"made in .*project, which is gone.*directory: PATH"):
         train_plan("moved/run/plan.yaml", "again", progress=False)
     moved = Path("moved/run/plan.yaml")
-    content = yaml.safe_load(moved.read_text())
-    moved.write_text(yaml.safe_dump({**content, "directory": ".."}))
+    stated = yaml.safe_load(moved.read_text())
+    moved.write_text(yaml.safe_dump({**stated, "directory": ".."}))
     again = train_plan(moved, "again", progress=False)
     assert same_tensors(Bank("moved/run/chosen/bank"), again, "a")
 
@@ -183,6 +200,11 @@ def test_a_training_that_fails_is_told(comparison: dict[str, Any], tmp_path: Pat
     compare(comparison, progress=False)
     file = plan(comparison["output"], "3x").write(tmp_path / "plan.yaml")
     Path(comparison["output"]).rename(tmp_path / "away")
-    (tmp_path / "net.py").write_text("def make(): raise RuntimeError('no base today')")
+    broken = tmp_path / "broken.py"
+    broken.write_text("def make(): raise RuntimeError('no base today')")
+    stated = yaml.safe_load(file.read_text())
+    for cell in stated["cells"].values():
+        cell["experiment"]["base"]["name"] = f"python:{broken}:make"
+    file.write_text(yaml.safe_dump(stated))
     with pytest.raises(TrainingError, match="no base today"):
         train_plan(file, tmp_path / "trained", progress=False)

@@ -161,6 +161,14 @@ def test_all_processes_keep_the_same_epoch_of_a_model_that_draws(
     assert len({values["accuracy"] for values in first["val"]}) > 2
 
 
+def test_masks_that_grow_are_the_same_in_all_processes(
+    two: tuple[Path, list[dict[str, Any]]],
+) -> None:
+    first, second = (result["growing"] for result in two[1])
+    assert_same_bits(first, second)
+    assert any(k.endswith(":keep") and not bool(t.all()) for k, t in first.items())
+
+
 def test_processes_that_would_each_train_alone_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")

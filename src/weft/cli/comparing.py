@@ -88,6 +88,7 @@ def _show_cells(fleet: Fleet, part: tuple[int, int], as_json: bool) -> None:
             "seed": cell.seed,
             "finished": cell.finished,
             "ledger": None if (own := planned[cell.label].ledger) is None else own.to_dict(),
+            "pretrained": bool(cell.pretrained),
             "most_bytes": planned[cell.label].most_bytes,
             "problem": planned[cell.label].problem,
         }
@@ -114,6 +115,7 @@ def _show_dry_rows(rows: list[dict[str, Any]]) -> None:
         if ledger is not None:
             owns = "at most " if ledger["gates"] else ""
             owns += readable_size(cells[0]["most_bytes"])
+            owns += " over a shared copy of the base" if cells[0]["pretrained"] else ""
         done = sum(bool(cell["finished"]) for cell in cells)
         seeds = ", ".join(str(cell["seed"]) for cell in cells)
         table.add_row(plain(method), plain(tasks), seeds, f"{done} of {len(cells)}", owns)
@@ -156,3 +158,6 @@ def _show_result(fleet: Fleet, result: FleetResult) -> None:
     out.print(f"Table: {plain(', '.join(str(path) for path in result.files))}")
     if len(result.files) == 1:
         out.print("For Parquet as well: pip install 'weft-share\\[parquet]'")
+    if len(frame):
+        root = plain(str(fleet.root))
+        out.print(f"Next: weft plan {root} --budget 1.5x   weft report {root}")

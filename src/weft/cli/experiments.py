@@ -68,6 +68,17 @@ def train_command(
 ) -> None:
     """Train the tasks of an experiment; store them; write a report."""
     try:
+        _refuse_unused(
+            {
+                "--auto": {
+                    "--seeds": not auto and seeds != 2,
+                    "--threshold": not auto and threshold != 2.0,
+                    "--patience": not auto and patience != 2,
+                },
+                "--auto and --plan": {"--jobs": not auto and plan is None and jobs != 1},
+                "--plan": {"--output": plan is None and output is not None},
+            }
+        )
         if plan is not None:
             if config is not None or overrides or budget or auto or dry:
                 raise ConfigError("--plan stands alone: the plan says what is trained, and how.")
@@ -111,6 +122,15 @@ def train_command(
     _show_results(results)
     folder = Folder(Path(experiment.output))
     out.print(f"Bank: {plain(str(folder.bank))}   Report: {plain(str(folder.report))}")
+
+
+def _refuse_unused(options: dict[str, dict[str, bool]]) -> None:
+    """Refuse options that would be ignored: by what they belong to, which were given without it."""
+    for owner, given in options.items():
+        for option, unused in given.items():
+            if unused:
+                hint = " Say --set output=FOLDER." if option == "--output" else ""
+                raise ConfigError(f"{option} belongs to {owner}. Leave it out.{hint}")
 
 
 def _train_plan(file: Path, output: Path | None, jobs: int, as_json: bool) -> None:

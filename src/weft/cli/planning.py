@@ -10,7 +10,7 @@ from rich.table import Table
 
 from weft.comparing import read_comparison
 from weft.comparing.files import put
-from weft.errors import ConfigError
+from weft.errors import ConfigError, DataError, close_matches
 from weft.planning import Plan, assemble, plan, plan_curve
 from weft.planning.knapsack import Objective
 from weft.sizes import readable_size
@@ -52,7 +52,7 @@ def plan_command(
     as_json: AsJson = False,
 ) -> None:
     """Choose what each task should own, best on validation within a budget for all together."""
-    folder = comparison if comparison.is_dir() else Path(read_comparison(comparison).output)
+    folder = _folder(comparison)
     asked = _objective(objective)
     weights = _weights(weight or [])
     if budget == ["sweep"] or len(budget) > 1:
@@ -97,6 +97,20 @@ def plan_command(
             out.print(f"Bank: {plain(str(bank))}")
 
 
+def _folder(comparison: Path) -> Path:
+    """The folder of a comparison that is named by itself or by its YAML file."""
+    if comparison.is_dir():
+        return comparison
+    if comparison.is_file():
+        return Path(read_comparison(comparison).output)
+    beside = comparison.parent
+    names = [path.name for path in beside.iterdir()] if beside.is_dir() else []
+    raise DataError(
+        f"There is no '{comparison}'. Give the output of weft compare, or its YAML file."
+        + close_matches(comparison.name, names)
+    )
+
+
 def _objective(text: str) -> Objective:
     if text == "mean":
         return "mean"
@@ -132,12 +146,11 @@ def _show_plan(made: Plan) -> None:
             readable_size(line["shared_bytes"]) if line["shared_bytes"] else "-",
         )
     out.print(table)
-    aim = f"{content['objective']} over tasks"
+    aim = f"{content['objective'].capitalize()} over tasks"
     relative = content["relative_to"]
     if relative is not None:
-        aim = f"{content['objective']} improvement over {relative} in %"
-    aim = plain(aim)
-    compared = Table("at this budget", f"validation, {aim}", f"test, {aim}", "bytes")
+        aim = f"{content['objective'].capitalize()} improvement over {relative} in %"
+    compared = Table("at this budget", "validation", "test", "bytes", title=plain(aim))
     rows = [("plan", made.chosen)]
     if made.best_single is not None:
         rows.append((f"best single method: {made.best_single.name}", made.best_single))

@@ -132,7 +132,7 @@ class Comparison(Section):
 
     base: BaseSection
     tasks: dict[str, TaskSection] = Field(min_length=1)
-    methods: tuple[MethodChoice, ...] = Field(min_length=1)
+    methods: tuple[MethodChoice, ...]
     seeds: tuple[int, ...] = Field((0,), min_length=1)
     data: DataSection = DataSection()
     train: TrainSection = TrainSection()
@@ -153,6 +153,13 @@ class Comparison(Section):
     @classmethod
     def _every(cls, value: Any) -> Any:
         return tuple(METHODS) if value == "all" else value
+
+    @field_validator("methods")
+    @classmethod
+    def _some(cls, methods: tuple[MethodChoice, ...]) -> tuple[MethodChoice, ...]:
+        if not methods:
+            raise ValueError("expected at least one")
+        return methods
 
     @field_validator("seeds", mode="before")
     @classmethod

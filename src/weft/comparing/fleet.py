@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -269,10 +269,23 @@ def _experiment(comparison: Comparison, method: MethodSection) -> Experiment:
 
 
 def _check_data(comparison: Comparison, cells: Sequence[Cell]) -> None:
-    """Read the data of all cells once, so that a wrong folder is told before any work."""
+    """Read the data of all cells once, so that a wrong folder is told before any work.
+
+    Raises:
+        DataError: data that cannot be read, or a split of it that is empty.
+    """
     experiment = _experiment(comparison, MethodSection(name="linear_probe"))
     for name in dict.fromkeys(task for cell in cells for task in cell.tasks):
-        warn_of_data(experiment, {name: read_task(experiment, name)})
+        data = read_task(experiment, name)
+        sizes = {k: len(rows) for k, rows in data.splits.items() if isinstance(rows, Sized)}
+        found = f"({', '.join(f'{split} {size}' for split, size in sizes.items())})"
+        for split, size in sizes.items():
+            if not size:
+                raise DataError(
+                    f"tasks.{name}.data: {experiment.tasks[name].data} has no rows for {split} "
+                    f"{found}. Give more data, or change its share: data.val, data.test."
+                )
+        warn_of_data(experiment, {name: data})
 
 
 def _write_document(fleet: Fleet) -> None:

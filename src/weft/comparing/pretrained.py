@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ from weft.data import Loader, TaskData
 from weft.errors import ConfigError
 from weft.pretraining import pretrained_base
 from weft.training.evaluation import device_of
+from weft.training.schedule import phase_of_each_epoch
 
 from .cells import LOCK, Cell
 from .locks import held
@@ -54,17 +56,19 @@ def trained_first(
 
     Raises:
         ConfigError: the method adds tensors that its tasks share.
+        TrainingError: too few epochs for the method's phases.
     """
-    method = cell.experiment.method
-    if not make_plan(method, base, example).only_owns:
+    plan = make_plan(cell.experiment.method, base, example)
+    if not plan.only_owns:
         raise ConfigError(
-            f"pretrain: '{method.name}' adds tensors that its tasks share, which do not go with a "
+            f"pretrain: '{plan.method}' adds tensors that its tasks share, which do not go with a "
             "base that they share. Leave pretrain out."
         )
+    phase_of_each_epoch(plan.phases, cell.experiment.train.epochs, plan.method)
     folder = base_folder(cell)
     experiment = cell.experiment.model_copy(update={"output": str(folder.root), "seed": cell.seed})
     with held(folder.root / LOCK, wait=True):
-        return pretrained_base(
+        trained = pretrained_base(
             experiment,
             copy.deepcopy(base),
             sets,
@@ -73,6 +77,8 @@ def trained_first(
             progress=False,
             callbacks=(lambda epoch: on_epoch(epoch.number + 1),),
         )
+        shutil.rmtree(folder.base.with_name("checkpoint"), ignore_errors=True)
+    return trained
 
 
 def seconds_before(cell: Cell) -> float:

@@ -182,8 +182,9 @@ def _check(asked: Question) -> None:
     instead = "compare with one of the methods: relative_to, --relative-to full_finetune"
     if len(signs) > 1:
         raise ConfigError(
-            f"The tasks are scored by {named}: of some a larger score is better, of others a "
-            f"smaller one, so no sum means anything. To count improvements instead, {instead}."
+            f"The tasks are scored by different metrics, {named}. Of some a larger score is "
+            f"better, of others a smaller one, so no sum means anything. To count improvements, "
+            f"{instead}."
         )
     weighted = asked.objective == "mean" and set(asked.weights) >= set(tasks)
     if len(metrics) > 1 and not weighted:
