@@ -270,6 +270,17 @@ def test_the_budget_of_a_plan_in_the_folder_is_shown(run: Path) -> None:
         (run / "plan.yaml").unlink()
 
 
+def test_what_the_plan_in_the_folder_was_asked_is_asked_here(run: Path) -> None:
+    weft.plan(run, "1MB", relative_to="linear_probe").write(run / "plan.yaml")
+    try:
+        answer = read_compared(run, None).answer
+        assert answer is not None
+        assert answer.metric == "test improvement over linear_probe, %"
+        assert answer.higher_is_better
+    finally:
+        (run / "plan.yaml").unlink()
+
+
 def test_gone_bundles_leave_the_rest_of_the_page(run: Path, tmp_path: Path) -> None:
     moved = []
     for cell in open_fleet(run).cells:

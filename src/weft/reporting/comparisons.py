@@ -239,6 +239,8 @@ class _Planned:
         scores = {t: s for pick in self.plan.chosen.picks for t, s in pick.scores.items()}
         metrics = {s.metric for s in scores.values()}
         metric = metrics.pop() if len(metrics) == 1 else "weighted score"
+        if asked.relative_to is not None:
+            metric = f"improvement over {asked.relative_to}, %"
         tested = self.plan.chosen.test is not None
         singles = self.plan.singles
         return Answer(
@@ -255,7 +257,7 @@ class _Planned:
             shared_bytes=sum(max(pick.shared_bytes) for pick in self.plan.chosen.picks),
             whole=self._choice(singles[0]) if singles else None,
             metric=f"{'test' if tested else 'validation'} {metric}",
-            higher_is_better=next(iter(scores.values())).sign > 0,
+            higher_is_better=asked.sign > 0,
         )
 
     def _budget(self, plan: Plan) -> Budget:
@@ -294,8 +296,16 @@ def _planned(
 ) -> tuple[_Planned | None, str, Mapping[str, str]]:
     """The plan to show, or why there is none, and what plans cannot choose."""
     source = read.frame if read.fleet is None else read.fleet.root
+    stated = {} if read.fleet is None else _stated(read.fleet.root)
     try:
-        asked, folder = question(source, "mean", None, heads=False, max_seeds=None)
+        asked, folder = question(
+            source,
+            stated.get("objective") or "mean",
+            stated.get("weights"),
+            heads=False,
+            max_seeds=None,
+            relative_to=stated.get("relative_to"),
+        )
     except (PlanError, ConfigError) as error:
         return None, str(error), _left_out(read)
     limits = sweep(asked, 9)
@@ -303,8 +313,9 @@ def _planned(
     if budget is not None:
         limit = budget_in_bytes(budget, asked.choices.base_bytes)
         said = "This budget was asked for."
-    elif (stated := _stated(folder)) is not None:
-        limit, said = stated, "This is the budget of plan.yaml in the comparison's folder."
+    elif stated:
+        limit = int(stated["budget_bytes"])
+        said = "This is the budget of plan.yaml in the comparison's folder."
     else:
         limit = _enough(asked, limits, folder)
         said = (
@@ -325,24 +336,24 @@ def _left_out(read: _Read) -> Mapping[str, str]:
         return {}
 
 
-def _stated(folder: Path | None) -> int | None:
-    """The budget of the plan that lies in the folder."""
-    file = None if folder is None else folder / "plan.yaml"
-    if file is None or not file.is_file():
-        return None
+def _stated(folder: Path) -> dict[str, Any]:
+    """The plan that lies in a comparison's folder; empty if there is none."""
+    file = folder / "plan.yaml"
+    if not file.is_file():
+        return {}
     try:
-        found = yaml.safe_load(file.read_text(encoding="utf-8"))["budget_bytes"]
-    except (yaml.YAMLError, KeyError, TypeError) as error:
+        found: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+        int(found["budget_bytes"])
+    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"{file} is no plan ({type(error).__name__}). Remove it, or give --budget."
         ) from error
-    return int(found)
+    return found
 
 
 def _enough(asked: Question, limits: Sequence[int], folder: Path | None) -> int:
     """The smallest budget that brings most of the gain on validation."""
     plans = [answer(asked, limit, folder) for limit in limits]
-    sign = next(iter(asked.choices.choices[0].scores.values())).sign
-    scores = [sign * plan.chosen.val[0] for plan in plans]
+    scores = [asked.sign * plan.chosen.val[0] for plan in plans]
     wanted = scores[0] + ENOUGH * (max(scores) - scores[0])
     return next(limit for limit, score in zip(limits, scores, strict=True) if score >= wanted)
