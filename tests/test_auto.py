@@ -80,6 +80,7 @@ def test_a_task_climbs_only_while_it_pays(
     assert " over the best cheaper step" in found.summary("layers")
 
 
+@pytest.mark.slow
 def test_again_nothing_is_trained_and_other_rules_replace_the_bank(
     experiment: Experiment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,6 +179,7 @@ def _right(cell: weft.auto.Cell) -> np.ndarray:
     return np.concatenate(found).astype(float)
 
 
+@pytest.mark.slow
 def test_a_step_that_cannot_be_used_is_passed(
     experiment: Experiment, monkeypatch: pytest.MonkeyPatch
 ) -> None:

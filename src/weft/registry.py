@@ -129,6 +129,7 @@ METHODS: dict[str, Method] = {
         {
             Law.FRESH_IS_BASE: "a weighted sum of equal bases is the base's up to rounding",
             Law.TASKS_ARE_ISOLATED: "the bases train with every task",
+            Law.PROCESSES_AGREE: "a limit on losses is for each process's own rows",
         },
         citations.PACO,
     ),

@@ -118,7 +118,11 @@ def half_squares(output: Tensor, target: Tensor) -> Tensor:
 # T tasks make the charge curve by up to (T + 1) tau / rows, rows = 17: SGD stays under 2 over it.
 @pytest.mark.parametrize(
     ("tau", "optimizer", "lr"),
-    [(0.5, "adamw", 0.03), (100.0, "adamw", 0.03), (1e4, "sgd", 0.0014)],
+    [
+        (0.5, "adamw", 0.03),
+        pytest.param(100.0, "adamw", 0.03, marks=pytest.mark.slow),
+        pytest.param(1e4, "sgd", 0.0014, marks=pytest.mark.slow),
+    ],
 )
 def test_training_finds_the_most_probable_tensors_of_linear_gaussian_tasks(
     tau: float, optimizer: Any, lr: float

@@ -359,7 +359,8 @@ def test_its_numbers_come_from_those_of_healthy_tasks(reset: Any) -> None:
         assert reset == "interpolate" or {one, two} == {0.0, 1.0}
         drawn.add((one, two))
     assert len(drawn) > 1
-    assert act(model, Taken(broken(()), frozenset("abc"), 0.5)) == []
+    assert act(model, Taken(broken(()), frozenset("abc"), 0.5)) is None
+    assert act(model, Taken(broken(()), frozenset(), 0.5)) is None
 
 
 def test_training_resets_and_goes_on() -> None:

@@ -196,6 +196,7 @@ def test_files_that_are_no_plans_are_refused(comparison: dict[str, Any], tmp_pat
         train_plan(of_table)
 
 
+@pytest.mark.slow
 def test_a_training_that_fails_is_told(comparison: dict[str, Any], tmp_path: Path) -> None:
     compare(comparison, progress=False)
     file = plan(comparison["output"], "3x").write(tmp_path / "plan.yaml")

@@ -63,7 +63,7 @@ PLANS: dict[str, Plan] = {
     "hard_sharing one at a time": lambda base: weft.hard_sharing(base, own="top", fraction=0.4),
     "turns": _turns,
     "disparse": lambda base: weft.disparse(base, sparsity=0.5),
-    "paco": lambda base: weft.paco(base, k=2, limit=1.1),  # some losses are over it
+    "paco": lambda base: weft.paco(base, k=2, limit=100.0),
 }
 
 
@@ -207,11 +207,16 @@ def run_drawing() -> dict[str, Any]:
     return {"tensors": everything(model), "best": history.best["a"], "val": values}
 
 
-def run_growing() -> dict[str, Tensor]:
-    """Masks that grow where gradients are large, which each process sees in its own rows."""
+REVIEWED: dict[str, Plan] = {
+    "grown": lambda base: weft.disparse(base, sparsity=0.5, variant="dynamic", every=2),
+    "reset": lambda base: weft.paco(base, k=2, limit=1.1),  # some losses are over it
+}
+
+
+def run_reviewed(name: str) -> dict[str, Tensor]:
+    """Changes in training by what each process sees in its own rows."""
     base = dense_net()
-    plan = weft.disparse(base, sparsity=0.5, variant="dynamic", every=2)
-    model = model_of(base, plan)
+    model = model_of(base, REVIEWED[name](base))
     data = {t: DataLoader(vectors(32, 3, i), 8, shuffle=True) for i, t in enumerate("ab")}
     weft.fit(model, data, epochs=4, lr=0.1, progress=False)
     return everything(model)
@@ -269,7 +274,8 @@ def main(folder: str) -> None:
     results["failing"] = run_failing()
     results["stopping"] = run_stopping()
     results["drawing"] = run_drawing()
-    results["growing"] = run_growing()
+    for name in REVIEWED:
+        results[name] = run_reviewed(name)
     results["refused"] = run_refused()
     results["files"] = run_files(Path(folder))
     torch.save(results, Path(folder) / f"{os.environ['RANK']}.pt")

@@ -175,7 +175,8 @@ class Phase:
         every: steps between transitions or reviews, or None for once at the end.
         review: run when a transition would be, with the model and what the step saw, in grad mode,
             for what needs the data or the losses of single tasks, such as growing a mask; it
-            returns tensors of which the optimiser forgets what it remembers.
+            returns tensors of which the optimiser forgets what it remembers, or None if it has
+            changed nothing.
         loss_limit: a task whose loss in a step is over it, or not a number, does not count in that
             step, and `review` is told of it.
 
@@ -209,7 +210,7 @@ class Phase:
         | None
     ) = None
     every: int | None = None
-    review: Callable[[MultiTaskModel, Taken], Iterable[Tensor]] | None = None
+    review: Callable[[MultiTaskModel, Taken], Iterable[Tensor] | None] | None = None
     loss_limit: float | None = None
 
     def __post_init__(self) -> None:

@@ -90,13 +90,14 @@ def paco(
     if limit is not None and not limit > 0.0:
         raise PlanError(f"paco(limit=...) is a number > 0 or None, found {limit}.")
     found = sites(base)
-    normal = {n for s in found if s.kind is Kind.NORM for n in s.parameters + s.statistics}
+    # No sets: tensors must have one order in all processes that train together.
+    normal = [n for s in found if s.kind is Kind.NORM for n in s.parameters + s.statistics]
     names = dict.fromkeys(n for s in found for n in s.parameters if n not in normal)
     if not names:
         raise PlanError("paco mixes parameters, and this base has none but normalisation.")
     patches: dict[str, Patch] = dict.fromkeys(names, Mixture(COEFFICIENTS, k, softmax))
     if norms == "private":
-        patches |= {name: Replace() for name in normal}
+        patches |= dict.fromkeys(normal, Replace())
     trained = bases == "trained"
     return Sharing(
         "paco",
@@ -157,11 +158,11 @@ class ResetCoefficients:
     seed: int
 
     @torch.no_grad()
-    def __call__(self, model: MultiTaskModel, taken: Taken) -> list[Tensor]:
+    def __call__(self, model: MultiTaskModel, taken: Taken) -> list[Tensor] | None:
         """Write the numbers; the optimiser forgets what it knew of the old ones."""
         healthy = [task for task in taken.batches if task not in taken.refused]
-        if not healthy:
-            return []
+        if not healthy or not taken.refused:
+            return None
         known = torch.stack([model.tasks[task].own[COEFFICIENTS] for task in healthy])
         changed = []
         for task in sorted(taken.refused):

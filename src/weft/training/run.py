@@ -273,13 +273,15 @@ class Run:
 
     def _review(self, update: int, batches: Batches, refused: Collection[str]) -> None:
         """Let phases act on what a step saw; processes go on alike from it."""
-        reviews = self._phases.reviews(self.epoch, update)
-        for phase, tasks, done in reviews:
+        changed = False
+        for phase, tasks, done in self._phases.reviews(self.epoch, update):
             assert phase.review is not None
             agreed = frozenset(task for task in tasks if self._processes.any(task in refused))
             taken = Taken({task: batches[task] for task in tasks}, agreed, done)
-            self._updates.forget(phase.review(self.model, taken))
-        if reviews:
+            forget = phase.review(self.model, taken)
+            changed = changed or forget is not None
+            self._updates.forget(forget or ())
+        if changed:
             parts = changing(self.model, self.tasks).values()
             self._processes.copy_first(tensor for part in parts for tensor in part.values())
             self._updates.settle()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,7 +60,8 @@ class Updates:
                 "head has no parameters that train."
             )
         self.parameters: list[nn.Parameter] = [p for group in groups for p in group["params"]]
-        self._masked = masked(model, tasks)
+        self._find_masked = partial(masked, model, tasks)
+        self._masked: list[tuple[nn.Parameter, Tensor]] = []
         self._clip = settings.clip
         self._lr = settings.lr
         self._accelerator = accelerator
@@ -112,8 +114,10 @@ class Updates:
     def settle(self) -> None:
         """Let what masks leave out be zero, and the optimiser remember nothing of it.
 
-        With gradients that are masked it stays so until the masks change.
+        With gradients that are masked it stays so until the masks change. Call it before the first
+        step, too: what prepares a model for several processes puts other buffers in place.
         """
+        self._masked = self._find_masked()
         for weight, mask in self._masked:
             remembered = self._inner.state.get(weight, {}).values()
             for tensor in (weight, *remembered):
