@@ -125,7 +125,7 @@ def _panel(
     epochs = epochs_of(report.history)
     log = fixed is None and limits is None and min(values) > 0 and max(values) > 40 * min(values)
     if log:
-        title += " (log scale)"
+        title += " (log)"
     drawing = Drawing(WIDTH, HEIGHT, f"{title} of {report.name} by epoch.")
     low, high = fixed or (
         (min(values) * 0.9, max(values) * 1.1) if log else padded(values, limits=limits)
