@@ -50,11 +50,59 @@ def load_base(
     return base, preprocessing
 
 
-def _timm(name: str, options: dict[str, Any]) -> tuple[nn.Module, Preprocessing | None]:
+def stated_image_size(name: str, options: Mapping[str, Any] | None = None) -> int:
+    """The side of the images that a base was made for, as its library states it.
+
+    Args:
+        name: as for `load_base`; nothing is made or fetched but a configuration.
+        options: as for `load_base`; ``img_size`` among them is the answer.
+
+    Raises:
+        ConfigError: nothing states a size, or the sides differ.
+        MissingExtra: the library is not installed.
+    """
+    prefix, _, rest = name.partition(":")
+    chosen = dict(options or {})
+    size = chosen.get("img_size")
+    if size is None and prefix in STATED:
+        size = STATED[prefix](rest)
+    sides = set(size) if isinstance(size, (list, tuple)) else {size}
+    side = sides.pop() if len(sides) == 1 else None
+    if not isinstance(side, int):
+        found = "none" if size is None else f"{size}"
+        raise ConfigError(
+            f"data.image_size: base, but of the size of its images the base '{name}' states "
+            f"{found}. Give the side of a square as a number."
+        )
+    return side
+
+
+def _timm_size(name: str) -> Any:
+    timm = _import_timm()
+    config = timm.get_pretrained_cfg(name)
+    return None if config is None else config.input_size[1:]
+
+
+def _torchvision_size(name: str) -> Any:
+    models = _import_torchvision_models()
+    if name not in models.list_models():
+        return None  # told when the base is made
+    # What weights are evaluated with; the enumeration fetches nothing.
+    return models.get_model_weights(name).DEFAULT.transforms().crop_size
+
+
+def _transformers_size(name: str) -> Any:
+    _, _, processors = _import_transformers()
     try:
-        import timm
-    except ImportError:
-        raise MissingExtra("A timm base", "timm") from None
+        processor = processors.from_pretrained(name)
+        size = dict(getattr(processor, "crop_size", None) or processor.size)
+    except (OSError, ValueError, AttributeError, TypeError, ImportError):
+        return None  # no images, or no processor stored with the model
+    return size.get("shortest_edge") or (size.get("height"), size.get("width"))
+
+
+def _timm(name: str, options: dict[str, Any]) -> tuple[nn.Module, Preprocessing | None]:
+    timm = _import_timm()
     if not timm.is_model(name):
         raise ConfigError(f"timm has no model '{name}'.{close_matches(name, timm.list_models())}")
     base = _made(name, timm.create_model, name, **{"num_classes": 0, **options})
@@ -63,10 +111,7 @@ def _timm(name: str, options: dict[str, Any]) -> tuple[nn.Module, Preprocessing 
 
 
 def _torchvision(name: str, options: dict[str, Any]) -> tuple[nn.Module, Preprocessing | None]:
-    try:
-        from torchvision import models
-    except ImportError:
-        raise MissingExtra("A torchvision base", "torchvision") from None
+    models = _import_torchvision_models()
     if name not in models.list_models():
         raise ConfigError(
             f"torchvision has no model '{name}'.{close_matches(name, models.list_models())}"
@@ -82,16 +127,13 @@ def _torchvision(name: str, options: dict[str, Any]) -> tuple[nn.Module, Preproc
 
 
 def _transformers(name: str, options: dict[str, Any]) -> tuple[nn.Module, Preprocessing | None]:
-    try:
-        from transformers import AutoConfig, AutoImageProcessor, AutoModel
-    except ImportError:
-        raise MissingExtra("A transformers base", "hf") from None
+    configs, networks, processors = _import_transformers()
     if options.pop("pretrained", True):
-        base = _made(name, AutoModel.from_pretrained, name, **options)
+        base = _made(name, networks.from_pretrained, name, **options)
     else:
-        base = AutoModel.from_config(_made(name, AutoConfig.from_pretrained, name, **options))
+        base = networks.from_config(_made(name, configs.from_pretrained, name, **options))
     try:
-        processor = AutoImageProcessor.from_pretrained(name)
+        processor = processors.from_pretrained(name)
         mean, std = tuple(processor.image_mean), tuple(processor.image_std)
     except (OSError, ValueError, AttributeError, TypeError, ImportError):
         return base, None  # no images, or no processor stored with the model
@@ -136,6 +178,38 @@ SOURCES: dict[str, Callable[[str, dict[str, Any]], tuple[nn.Module, Preprocessin
     "hf": _transformers,
     "python": _python,
 }
+
+
+STATED: dict[str, Callable[[str], Any]] = {
+    "timm": _timm_size,
+    "torchvision": _torchvision_size,
+    "hf": _transformers_size,
+}
+
+
+def _import_timm() -> Any:
+    try:
+        import timm
+    except ImportError:
+        raise MissingExtra("A timm base", "timm") from None
+    return timm
+
+
+def _import_torchvision_models() -> Any:
+    try:
+        from torchvision import models
+    except ImportError:
+        raise MissingExtra("A torchvision base", "torchvision") from None
+    return models
+
+
+def _import_transformers() -> tuple[Any, Any, Any]:
+    """Its classes of configurations, networks and image processors."""
+    try:
+        from transformers import AutoConfig, AutoImageProcessor, AutoModel
+    except ImportError:
+        raise MissingExtra("A transformers base", "hf") from None
+    return AutoConfig, AutoModel, AutoImageProcessor
 
 
 def _made(name: str, make: Callable[..., Any], *args: Any, **options: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from .bases import stated_image_size
 from .data import without_other_targets
 from .schema import Section, read_content, validated
 from .tasks import check_options
@@ -103,7 +104,8 @@ class DataSection(Section):
     Args:
         batch_size: rows in a training batch.
         eval_batch_size: rows in a validation or test batch.
-        image_size: side that images are resized to.
+        image_size: side that images are resized to; in a file also ``base``, what the base's
+            library states for it.
         augmentation: random changes to training images.
         workers: processes that prepare batches.
         val: share of the rows for validation where the data has no such split.
@@ -193,6 +195,15 @@ class Experiment(Section):
         return with_own_targets(tasks)
 
 
+def with_image_size(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The content of a file, with the base's own number where it says ``image_size: base``."""
+    match content:
+        case {"data": {"image_size": "base"} as data, "base": {"name": str(name)} as base}:
+            side = stated_image_size(name, base.get("options"))
+            return {**content, "data": {**data, "image_size": side}}
+    return content
+
+
 def with_own_targets(tasks: Mapping[str, TaskSection]) -> dict[str, TaskSection]:
     """The same tasks, none with another's target among its inputs."""
     specs = without_other_targets({name: task.data for name, task in tasks.items()})
@@ -229,4 +240,4 @@ def check(content: Mapping[str, Any]) -> Experiment:
     Raises:
         ConfigError: names every wrong key, what was found and what was expected.
     """
-    return validated(Experiment, content)
+    return validated(Experiment, with_image_size(content))

@@ -16,6 +16,7 @@ from weft.config import (
     PretrainSection,
     TaskSection,
     TrainSection,
+    with_image_size,
     with_own_targets,
 )
 from weft.errors import ConfigError, close_matches
@@ -234,9 +235,9 @@ def read_comparison(
         ConfigError: names the key, the value found and what was expected.
     """
     if isinstance(experiment, (str, Path)):
-        return validated(Comparison, read_content(experiment, overrides))
+        return validated(Comparison, with_image_size(read_content(experiment, overrides)))
     if overrides:
         raise ConfigError("Overrides belong to a YAML file; change the content itself.")
     if isinstance(experiment, Comparison):
         return experiment
-    return validated(Comparison, experiment)
+    return validated(Comparison, with_image_size(experiment))

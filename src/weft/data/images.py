@@ -137,7 +137,8 @@ def decode(request: Request, sources: Sequence[bytes | Path], names: Sequence[st
         examples = listing([f"{w}x{h} ({name})" for (h, w), name in sizes.items()], 4)
         raise request.error(
             f"found images of {len(sizes)} sizes: {examples}; expected one size, because images "
-            "are held as one tensor. Give image_size, for instance image_size=96."
+            "are held as one tensor. Give image_size, for instance 96; in a file also "
+            "image_size: base, the size that the base was made for."
         )
     if pixels is None:
         raise request.error("found no images; expected at least one.")
