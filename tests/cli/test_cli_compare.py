@@ -76,6 +76,7 @@ def test_a_dry_run_lists_cells_and_trains_nothing(comparison: Path, weft_command
     )
     assert code == 2
     assert "2 cells, 0 of them finished" in out
+    assert "depthwise_patch: depthwise_patch owns" in out
 
 
 def test_failures_are_told_by_words_and_by_the_exit_status(comparison: Path, weft_command) -> None:

@@ -12,10 +12,11 @@ import pytest
 from html_page import Page
 
 import weft
-from weft.comparing import open_fleet, read_comparison
+from weft.comparing import Fleet, open_fleet, read_comparison
 from weft.errors import ConfigError, DataError, PlanError
 from weft.registry import METHODS
 from weft.reporting.comparisons import read_compared
+from weft.reporting.methods_text import paragraph
 from weft.reports.comparison import Answer, verdict
 from weft.reports.plan_figure import Budget, Choice
 
@@ -169,6 +170,28 @@ def test_the_paragraph_cites_what_was_compared(tmp_path: Path) -> None:
     assert "means over 3 training seeds" in said
     assert "@inproceedings{benzaken2022bitfit," in text
     assert "author = {Ben Zaken, Elad and Ravfogel, Shauli and Goldberg, Yoav}" in said
+
+
+def test_the_paragraph_says_how_each_was_trained() -> None:
+    comparison = read_comparison(
+        {
+            "base": {"name": "python:net.py:make"},
+            "tasks": {task: {"data": "npz:x.npz"} for task in TASKS},
+            "methods": [
+                "full_finetune",
+                {"name": "bias_only", "train": {"lr": 0.1}},
+                {"name": "scale_bias", "train": {"lr": 0.1}},
+                {"name": "linear_probe", "pretrain": {"epochs": 7}},
+            ],
+            "train": {"epochs": 5, "lr": 0.02},
+        }
+    )
+    text = paragraph(rows(), TASKS, range(3), Fleet(comparison, ()))
+    assert (
+        "Training took 5 epochs with batches of 32 at a learning rate of 0.02, with lr = 0.1 for "
+        "bias only and scale bias. For linear probe the base was first trained on all of its "
+        "tasks together, for 7 epochs at a learning rate of 0.01." in text
+    )
 
 
 def test_every_method_of_a_paper_has_a_citation() -> None:

@@ -111,7 +111,7 @@ def _show_dry_rows(rows: list[dict[str, Any]]) -> None:
     table = Table("method", "tasks", "seeds", "finished", "each task would own")
     for (method, tasks), cells in grouped.items():
         ledger = cells[0]["ledger"]
-        owns = f"[red]{plain(cells[0]['problem'])}[/red]"
+        owns = "[red]not possible[/red]"
         if ledger is not None:
             owns = "at most " if ledger["gates"] else ""
             owns += readable_size(cells[0]["most_bytes"])
@@ -120,6 +120,8 @@ def _show_dry_rows(rows: list[dict[str, Any]]) -> None:
         seeds = ", ".join(str(cell["seed"]) for cell in cells)
         table.add_row(plain(method), plain(tasks), seeds, f"{done} of {len(cells)}", owns)
     out.print(table)
+    for method, problem in {row["method"]: row["problem"] for row in rows if row["problem"]}.items():
+        out.print(f"[red]{plain(method)}:[/red] {plain(problem)}", highlight=False)
     done = sum(bool(row["finished"]) for row in rows)
     out.print(f"{len(rows)} cells, {done} of them finished.")
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from weft.citations import Citation
 from weft.comparing import Fleet
+from weft.comparing.config import MethodChoice
 from weft.registry import METHODS
 
 Rows = Sequence[Mapping[str, Any]]
@@ -84,8 +85,23 @@ def _training(fleet: Fleet) -> str:
     text = f"Training took {_count(train.epochs, 'epoch')} with batches of {data.batch_size}"
     if train.lr is not None:
         text += f" at a learning rate of {train.lr:g}"
-    exceptions = sorted({c.name for c in fleet.comparison.methods if c.changes()})
-    if exceptions:
-        text += f", with other settings for {_listed(exceptions)}"
+    differing: dict[str, list[str]] = {}
+    for choice in fleet.comparison.methods:
+        changed = choice.train.model_dump(exclude_unset=True)
+        settings = ", ".join(f"{key} = {value}" for key, value in sorted(changed.items()))
+        if settings:
+            differing.setdefault(settings, []).append(choice.name.replace("_", " "))
+    for settings, names in differing.items():
+        text += f", with {settings} for {_listed(list(dict.fromkeys(names)))}"
+    first = [_pretrained(choice) for choice in fleet.comparison.methods if choice.pretrain]
     split = f"Splits that the data did not have were drawn with seed {fleet.comparison.seed}"
-    return f"{text}. {split}."
+    return " ".join([f"{text}.", *dict.fromkeys(first), f"{split}."])
+
+
+def _pretrained(choice: MethodChoice) -> str:
+    assert choice.pretrain is not None
+    length = _count(choice.pretrain.epochs, "epoch")
+    return (
+        f"For {choice.name.replace('_', ' ')} the base was first trained on all of its tasks "
+        f"together, for {length} at a learning rate of {choice.pretrain.lr:g}."
+    )
