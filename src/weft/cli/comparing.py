@@ -120,7 +120,8 @@ def _show_dry_rows(rows: list[dict[str, Any]]) -> None:
         seeds = ", ".join(str(cell["seed"]) for cell in cells)
         table.add_row(plain(method), plain(tasks), seeds, f"{done} of {len(cells)}", owns)
     out.print(table)
-    for method, problem in {row["method"]: row["problem"] for row in rows if row["problem"]}.items():
+    problems = {row["method"]: row["problem"] for row in rows if row["problem"]}
+    for method, problem in problems.items():
         out.print(f"[red]{plain(method)}:[/red] {plain(problem)}", highlight=False)
     done = sum(bool(row["finished"]) for row in rows)
     out.print(f"{len(rows)} cells, {done} of them finished.")
