@@ -24,12 +24,13 @@ from torch import Tensor, nn
 import weft
 
 Array = NDArray[np.float64]
+Made = list[tuple[Array, Array, Array]]
 SIZE, SPREAD = 20, 0.5
 COUNTS = (24,) * 6 + (120,) * 6
 TAUS = (0.0, 0.1, 1.0, 4.0, 10.0, 100.0, 1000.0)
 
 
-def tasks(seed: int) -> list[tuple[Array, Array, Array]]:
+def tasks(seed: int) -> Made:
     """Inputs, targets and true tensors of every task."""
     generator = np.random.default_rng(seed)
     mean, made = generator.normal(size=SIZE), []
@@ -40,13 +41,14 @@ def tasks(seed: int) -> list[tuple[Array, Array, Array]]:
     return made
 
 
-def solved(made: list[tuple[Array, Array, Array]], tau: float) -> list[Array]:
+def solved(made: Made, tau: float) -> list[Array]:
     """The most probable tensors: (X'X + tau) theta_t = X'y + tau Theta, Theta their mean."""
+    size = made[0][0].shape[1]
     if tau == 0:
         return [np.linalg.lstsq(x, y, rcond=None)[0] for x, y, _ in made]
-    inverse = [np.linalg.inv(x.T @ x + tau * np.eye(SIZE)) for x, _, _ in made]
+    inverse = [np.linalg.inv(x.T @ x + tau * np.eye(size)) for x, _, _ in made]
     own = [inverse[i] @ x.T @ y for i, (x, y, _) in enumerate(made)]
-    pull = np.eye(SIZE) - tau * sum(inverse) / len(made)
+    pull = np.eye(size) - tau * sum(inverse) / len(made)
     mean = np.linalg.solve(pull, sum(own) / len(made))
     return [o + tau * inverse[i] @ mean for i, o in enumerate(own)]
 
@@ -56,18 +58,19 @@ def half_squares(output: Tensor, target: Tensor) -> Tensor:
     return 0.5 * (output.squeeze(1) - target).square().mean()
 
 
-def trained(made: list[tuple[Array, Array, Array]], tau: float, epochs: int) -> list[Array]:
+def trained(made: Made, tau: float, epochs: int) -> list[Array]:
     """What training with weft finds."""
-    base = nn.Sequential(nn.Linear(SIZE, 1, bias=False))
+    size, counts = made[0][0].shape[1], [len(y) for _, y, _ in made]
+    base = nn.Sequential(nn.Linear(size, 1, bias=False))
     nn.init.zeros_(base[0].weight)
-    average = float(np.mean(COUNTS))
+    average = float(np.mean(counts))
     plan = weft.tie_to_mean(weft.full_finetune(base), base, tau, rows=average)
-    model = weft.MultiTaskModel(base, plan, example=torch.zeros(1, SIZE))
+    model = weft.MultiTaskModel(base, plan, example=torch.zeros(1, size))
     data = {}
     for i, (x, y, _) in enumerate(made):
         model.add_task(f"t{i}", weft.Task(head=nn.Identity(), loss=half_squares))
         data[f"t{i}"] = [(torch.tensor(x).float(), torch.tensor(y).float())]
-    weights = {f"t{i}": count / average for i, count in enumerate(COUNTS)}
+    weights = {f"t{i}": count / average for i, count in enumerate(counts)}
     # SGD stays under 2 over the largest curvature, of the data or of the charge.
     curved = max(np.linalg.eigvalsh(x.T @ x)[-1] for x, _, _ in made) / average
     lr = 1.0 / (curved + (len(made) + 1) * tau / average)
@@ -78,7 +81,7 @@ def trained(made: list[tuple[Array, Array, Array]], tau: float, epochs: int) -> 
     ]
 
 
-def excess(made: list[tuple[Array, Array, Array]], found: list[Array]) -> tuple[float, float]:
+def excess(made: Made, found: list[Array]) -> tuple[float, float]:
     """Mean excess error of the small tasks and of the large ones."""
     errors = [float(((f - theta) ** 2).sum()) for f, (_, _, theta) in zip(found, made, strict=True)]
     return statistics.fmean(errors[:6]), statistics.fmean(errors[6:])
