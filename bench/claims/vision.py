@@ -1,7 +1,9 @@
 """Every method of weft on real images: one cell per data set, method and seed.
 
 The last epoch is reported, so no choice is made on test data; validation scores stand beside it.
-``vision.yaml`` compares methods, ``budgets.yaml`` asks TAPS for four sizes.
+``vision.yaml`` compares methods, ``budgets.yaml`` asks TAPS for four sizes, ``rcm.yaml`` compares
+RCM with single tasks and linear probes. ``responses`` of a cell is how many batches of 64 training
+images the plan sees.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +58,13 @@ def run_cell(config: dict[str, Any], data: Path, task: str, cell: str, seed: int
     epochs = config["tasks"][task]
     torch.manual_seed(seed)
     base, scale, side = make_base(config["bases"].get(task, "mobilenet_v2_035"), data)
-    sets = load(f"npz:{data / (task + '.npz')}")
+    sets = load(f"npz:{data / (task + '.npz')}", image_size=side)
     train, val, test = make_loaders(task, sets, scale, side, config["batch_size"])
-    plan = weft.method(settings["method"], base, **settings.get("options", {}))
+    options = settings.get("options", {})
+    if "responses" in settings:
+        rows = islice(loader(sets.train, 64, train=False, preprocessing=scale), settings["responses"])
+        options = {**options, "responses": [x for x, _ in rows]}
+    plan = weft.method(settings["method"], base, **options)
     model = weft.MultiTaskModel(base, plan, example=torch.zeros(1, 3, side, side))
     model.add_task(task, weft.Classification(sets.classes, head_init="zero"))
     head_lr = settings.get("head_lr", config["head_lr"])

@@ -102,6 +102,15 @@ def test_one_method_for_all_is_said_as_such(tmp_path: Path) -> None:
     assert "one method for all of them is best: full_finetune reaches" in page.text
 
 
+def test_a_plan_of_many_tasks_is_told_by_method_first(tmp_path: Path) -> None:
+    many = [{**row, "task": f"{row['task']} {i}"} for i in range(11) for row in rows(seeds=1)]
+    text = page_of(pd.DataFrame(many), tmp_path, budget=11 * 1000)[1]
+    assert "By method: linear_probe for 11 tasks, full_finetune for 11 tasks." in text
+    assert "<summary>Every task <small>22 rows</small></summary>" in text
+    few = page_of(pd.DataFrame(rows()), tmp_path, budget=1000)[1]
+    assert "By method" not in few
+
+
 def choice(test: float, spread: float | None = None) -> Choice:
     return Choice(10, test, test, spread, "m")
 

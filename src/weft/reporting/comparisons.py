@@ -106,7 +106,7 @@ def _plain(frame: pd.DataFrame) -> Rows:
 
 def _base_name(fleet: Fleet | None) -> str:
     if fleet is None:
-        return "the base"
+        return ""
     kind, _, name = fleet.comparison.base.name.partition(":")
     return name.rpartition("/")[2] if kind == "python" else name
 

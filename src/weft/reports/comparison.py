@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,9 @@ from .tradeoff import draw_tradeoff, method_places
 
 OPEN_FIGURES = 8
 """So many small figures are unfolded."""
+
+OPEN_OWNERS = 20
+"""A plan of more tasks is told by method first, and task by task in a folded table."""
 
 
 @dataclass(frozen=True)
@@ -301,6 +305,7 @@ def _answer_texts(answer: Answer) -> dict[str, Any]:
         "whole_score": None if answer.whole is None else _said(answer, answer.whole),
         "whole_bytes": None if answer.whole is None else bytes_text(answer.whole.bytes),
         "same": single is not None and {o.label for o in answer.owners} == {single.said},
+        "by_method": _by_method(answer) if len(answer.owners) > OPEN_OWNERS else "",
         "verdict": verdict(answer),
         "metric": answer.metric,
         "shared": bytes_text(answer.shared_bytes) if answer.shared_bytes else "",
@@ -321,6 +326,11 @@ def _answer_texts(answer: Answer) -> dict[str, Any]:
             for o in answer.owners
         ],
     }
+
+
+def _by_method(answer: Answer) -> str:
+    counts = Counter(owner.label for owner in answer.owners).most_common()
+    return ", ".join(f"{label} for {n} task{'s' if n > 1 else ''}" for label, n in counts)
 
 
 def _others(tasks: Sequence[str]) -> str:
