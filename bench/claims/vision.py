@@ -62,8 +62,8 @@ def run_cell(config: dict[str, Any], data: Path, task: str, cell: str, seed: int
     train, val, test = make_loaders(task, sets, scale, side, config["batch_size"])
     options = settings.get("options", {})
     if "responses" in settings:
-        rows = islice(loader(sets.train, 64, train=False, preprocessing=scale), settings["responses"])
-        options = {**options, "responses": [x for x, _ in rows]}
+        rows = loader(sets.train, 64, train=False, preprocessing=scale)
+        options = {**options, "responses": [x for x, _ in islice(rows, settings["responses"])]}
     plan = weft.method(settings["method"], base, **options)
     model = weft.MultiTaskModel(base, plan, example=torch.zeros(1, 3, side, side))
     model.add_task(task, weft.Classification(sets.classes, head_init="zero"))
