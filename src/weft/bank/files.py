@@ -79,6 +79,47 @@ def write_file(path: Path, data: bytes) -> None:
         os.close(handle)
 
 
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file that appears when it is complete; a failed or killed write leaves the old one.
+
+    Args:
+        path: where to; folders are made.
+        data: the content.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    part = beside(path)
+    make_folder(path.parent)
+    try:
+        write_file(part, data)
+        put_file(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def check_place(path: Path) -> None:
+    """Find out that a file cannot be written, before any work is done for it.
+
+    Args:
+        path: the file to come; folders are made.
+
+    Raises:
+        OSError: it cannot.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    make_folder(path.parent)
+    probe = beside(path)
+    write_file(probe, b"")
+    probe.unlink()
+
+
+def beside(path: Path) -> Path:
+    """A new name beside a file, so that one can be renamed to the other."""
+    return path.with_name(f".{uuid.uuid4().hex}.part")
+
+
 def make_folder(path: Path) -> None:
     """Make a folder and those above it, where they are missing."""
     if not path.is_dir():

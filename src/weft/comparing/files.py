@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
-import os
-import uuid
 from pathlib import Path
 from typing import Any
 
+from weft.bank import files
 from weft.errors import DataError, TrainingError
 
 
@@ -22,17 +21,8 @@ def put(path: Path, data: bytes) -> None:
     Raises:
         TrainingError: it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        files.write_whole(path, data)
     except OSError as error:
         raise TrainingError(
             f"{path} cannot be written: {error}. Free space or choose another place."

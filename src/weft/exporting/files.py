@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import errno
-import os
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from weft.bank.files import make_folder, put_file, write_file
+from weft.bank import files
 from weft.errors import ExportError
 
 
@@ -23,12 +21,7 @@ def check_place(path: Path) -> None:
         ExportError: says why not.
     """
     with _reported(path):
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        make_folder(path.parent)
-        probe = _beside(path)
-        write_file(probe, b"")
-        probe.unlink()
+        files.check_place(path)
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -41,17 +34,8 @@ def write_whole(path: Path, data: bytes) -> None:
     Raises:
         ExportError: the file cannot be written.
     """
-    part = _beside(path)
     with _reported(path):
-        try:
-            write_file(part, data)
-            put_file(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-
-
-def _beside(path: Path) -> Path:
-    return path.with_name(f".{uuid.uuid4().hex}.part")
+        files.write_whole(path, data)
 
 
 @contextmanager

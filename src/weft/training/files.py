@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+from weft.bank import files
 from weft.errors import TrainingError
 
 
@@ -18,18 +18,8 @@ def write_whole(path: Path, data: bytes) -> None:
     Raises:
         TrainingError: the file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        files.write_whole(path, data)
     except OSError as error:
         raise _cannot_write(path, error) from error
 
@@ -43,13 +33,8 @@ def check_writable(path: Path) -> None:
     Raises:
         TrainingError: it cannot be written.
     """
-    probe = path.with_name(f".{path.name}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"")
-        probe.unlink()
-        if path.is_dir():
-            raise IsADirectoryError(f"{path} is a folder")
+        files.check_place(path)
     except OSError as error:
         raise _cannot_write(path, error) from error
 
