@@ -29,7 +29,7 @@ MEAN = "mean:"
 def bora(
     base: nn.Module,
     *,
-    tau: float = 100.0,
+    tau: float = 1.0,
     r: int = 16,
     alpha: float = 16.0,
     dropout: float = 0.0,
@@ -50,7 +50,8 @@ def bora(
 
     Args:
         base: as for `lora`.
-        tau: precision of the prior, >= 0; chosen on validation.
+        tau: precision of the prior, >= 0; chosen on validation. With SGD keep the learning rate
+            under 2 rows / (tau (tasks + 1)), or training diverges.
         r: as for `lora`, like alpha, dropout, target and exclude.
         alpha: as there.
         dropout: as there.
