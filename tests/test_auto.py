@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import yaml
 
 import weft.auto
+import weft.comparing.fleet
 from weft.assembly import load_experiment_base, make_loaders, read_task
 from weft.auto import climb, correct, gain_and_error, ladder
 from weft.bank import Bank
 from weft.comparing import make_fleet, open_fleet, run_fleet
 from weft.comparing.locks import held
+from weft.comparing.spreading import run_here
 from weft.config import Experiment, MethodSection
 from weft.errors import ConfigError, TrainingError
 from weft.experiment import train
@@ -191,6 +195,32 @@ def test_a_step_that_cannot_be_used_is_passed(
     found = climb(experiment.model_copy(update={"tasks": one}), progress=False)
     assert "left out" in found.steps["layers"][1].said
     assert found.chosen["layers"].method == "full_finetune"
+
+
+def test_a_step_that_failed_is_tried_once(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = weft.auto.LADDER
+    bad = steps[1].model_copy(update={"name": "depthwise_patch", "options": {}})
+    last = steps[1].model_copy(update={"name": "bias_only", "options": {}})
+    monkeypatch.setattr(weft.auto, "LADDER", (steps[0], bad, last))
+    tried: list[str] = []
+
+    def counted(cells: Sequence[weft.auto.Cell], on_event: Any) -> None:
+        tried.extend(cell.name for cell in cells)
+        run_here(cells, on_event)
+
+    monkeypatch.setattr(weft.comparing.fleet, "run_here", counted)
+    climb(experiment, patience=3, progress=False)
+    assert sum("depthwise_patch" in name for name in tried) == 4
+    assert len(tried) == len(set(tried)) == 12
+
+
+@pytest.mark.filterwarnings("ignore::weft.errors.DataWarning")
+def test_without_validation_scores_nothing_can_be_kept(experiment: Experiment) -> None:
+    section = experiment.data.model_copy(update={"val": 0.0})
+    with pytest.raises(TrainingError, match="no validation score"):
+        climb(experiment.model_copy(update={"data": section}), progress=False)
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,20 @@ def test_a_file_says_base_and_holds_the_number(tmp_path: Path) -> None:
     assert compared.data.batch_size == 4
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("timm:resnet81", "Close matches: .*resnet"),
+        ("timm:resnet18.nope", "no weights 'resnet18.nope'"),
+        ("torchvision:deeplabv3_resnet50", "states none"),
+    ],
+)
+def test_names_that_state_nothing_are_told(name: str, said: str) -> None:
+    pytest.importorskip(name.split(":")[0])
+    with pytest.raises(ConfigError, match=said):
+        stated_image_size(name)
+
+
 def test_a_base_that_states_no_size_needs_a_number() -> None:
     with pytest.raises(ConfigError, match=r"states none\. Give the side of a square"):
         config.check({**content({"name": "python:net.py:make"}), "method": "linear_probe"})

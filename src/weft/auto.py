@@ -150,7 +150,7 @@ def climb(
     _check(experiment, seeds, threshold, patience)
     root = Path(experiment.output)
     ways = {name: _Way() for name in experiment.tasks}
-    comparison = None
+    comparison, failed = None, set[str]()
     for choice in LADDER:
         going = tuple(name for name, way in ways.items() if way.idle < patience)
         if not going:
@@ -158,7 +158,9 @@ def climb(
         first = comparison is None
         comparison = _comparison(experiment, comparison, choice, going, seeds)
         fleet = make_fleet(comparison)
-        result = run_fleet(fleet, jobs=jobs, progress=progress, check_data=first)
+        # A step is tried once: what failed in an earlier one was judged with that.
+        result = run_fleet(fleet, jobs=jobs, progress=progress, check_data=first, skip=failed)
+        failed |= set(result.failed)
         if result.elsewhere:
             raise TrainingError(
                 f"Another process trains {', '.join(result.elsewhere)}. Wait for it, and run again."
@@ -247,13 +249,15 @@ def _of_step(fleet: Fleet, choice: MethodChoice) -> list[Cell]:
 def _judge(name: str, way: _Way, cells: Sequence[Cell], failure: str, threshold: float) -> str:
     """Add a step to a task's way, keep it if it pays, and say so."""
     label = cells[0].label
+    if not failure and any(_val(cell, name) is None for cell in cells):
+        failure = "no validation score; the data needs validation rows that can be scored"
     if failure:
         way.steps.append(Step(label, None, None, None, None, None, f"left out: {failure}"))
         return f"{label} left out: {failure}"
     rows = [_row(cell, name) for cell in cells]
     tests = [row["scores"]["test"].get(row["metric"]) for row in rows]
     size = max(row["own_bytes"] for row in rows)
-    val = statistics.fmean(_val(cell, name) for cell in cells)
+    val = statistics.fmean(_known(cell, name) for cell in cells)
     gain = error = None
     if way.kept is None:
         pays, said = True, f"{val:.4f} to begin with"
@@ -281,7 +285,7 @@ def gain_and_error(name: str, before: Sequence[Cell], after: Sequence[Cell]) -> 
         after: likewise of the other, with as many seeds.
     """
     sign = 1.0 if _row(after[0], name)["higher_is_better"] else -1.0
-    one, other = ([sign * _val(cell, name) for cell in cells] for cells in (before, after))
+    one, other = ([sign * _known(cell, name) for cell in cells] for cells in (before, after))
     squared = (statistics.variance(one) + statistics.variance(other)) / len(one)
     if _row(after[0], name)["metric"] == "accuracy" and _kind(after[0], name) == "classification":
         right = [torch.stack([correct(c, name) for c in cells]) for cells in (before, after)]
@@ -316,15 +320,24 @@ def _row(cell: Cell, name: str) -> dict[str, Any]:
     return row
 
 
-def _val(cell: Cell, name: str) -> float:
+def _val(cell: Cell, name: str) -> float | None:
+    """The validation score; None without one."""
     row = _row(cell, name)
-    return float(row["scores"]["val"][row["metric"]])
+    score = (row["scores"].get("val") or {}).get(row["metric"])
+    return None if score is None else float(score)
+
+
+def _known(cell: Cell, name: str) -> float:
+    """The validation score of a step that was judged, which has one."""
+    score = _val(cell, name)
+    assert score is not None
+    return score
 
 
 def _best_cell(cells: Sequence[Cell], name: str) -> Cell:
     """The seed that is best on validation."""
     sign = 1.0 if _row(cells[0], name)["higher_is_better"] else -1.0
-    return max(cells, key=lambda cell: sign * _val(cell, name))
+    return max(cells, key=lambda cell: sign * _known(cell, name))
 
 
 def _plain(found: Climb, seeds: int, threshold: float, patience: int) -> dict[str, Any]:

@@ -79,7 +79,11 @@ def stated_image_size(name: str, options: Mapping[str, Any] | None = None) -> in
 
 def _timm_size(name: str) -> Any:
     timm = _import_timm()
-    config = timm.get_pretrained_cfg(name)
+    _check_timm(timm, name)
+    try:
+        config = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:  # a tag that the model does not have
+        raise ConfigError(f"timm has no weights '{name}': {error}") from None
     return None if config is None else config.input_size[1:]
 
 
@@ -88,7 +92,8 @@ def _torchvision_size(name: str) -> Any:
     if name not in models.list_models():
         return None  # told when the base is made
     # What weights are evaluated with; the enumeration fetches nothing.
-    return models.get_model_weights(name).DEFAULT.transforms().crop_size
+    # Those of detectors and segmentation networks state none.
+    return getattr(models.get_model_weights(name).DEFAULT.transforms(), "crop_size", None)
 
 
 def _transformers_size(name: str) -> Any:
@@ -103,8 +108,7 @@ def _transformers_size(name: str) -> Any:
 
 def _timm(name: str, options: dict[str, Any]) -> tuple[nn.Module, Preprocessing | None]:
     timm = _import_timm()
-    if not timm.is_model(name):
-        raise ConfigError(f"timm has no model '{name}'.{close_matches(name, timm.list_models())}")
+    _check_timm(timm, name)
     base = _made(name, timm.create_model, name, **{"num_classes": 0, **options})
     config = timm.data.resolve_model_data_config(base)
     return base, Preprocessing(mean=tuple(config["mean"]), std=tuple(config["std"]))
@@ -185,6 +189,11 @@ STATED: dict[str, Callable[[str], Any]] = {
     "torchvision": _torchvision_size,
     "hf": _transformers_size,
 }
+
+
+def _check_timm(timm: Any, name: str) -> None:
+    if not timm.is_model(name):
+        raise ConfigError(f"timm has no model '{name}'.{close_matches(name, timm.list_models())}")
 
 
 def _import_timm() -> Any:

@@ -60,6 +60,15 @@ def test_compare_plan_and_bank(comparison: Path, weft_command) -> None:
             assert ("mprovement over full_finetune in %" in " ".join(out.split())) == bool(more)
 
 
+def test_a_method_for_some_tasks_leaves_a_hole_in_the_table(comparison: Path, weft_command) -> None:
+    methods = "methods=[linear_probe, {name: bias_only, tasks: [red]}]"
+    code, out, _ = weft_command("compare", comparison, "--set", methods)
+    assert code == 0
+    (line,) = (line for line in out.splitlines() if "bias_only" in line)
+    assert line.count(" - ") == 1
+    assert "Next:" in out
+
+
 def made_base(comparison: Path) -> str:
     return str(yaml.safe_load(comparison.read_text())["base"]["name"])
 

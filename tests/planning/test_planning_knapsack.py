@@ -92,6 +92,18 @@ def test_one_byte_decides() -> None:
     assert solve(items, 2 * large - 2) == [0, 2]
 
 
+@pytest.mark.parametrize("outlier", [1e6, 1e8, 1e10, 1e300])
+@pytest.mark.parametrize("gap", [0.1, 1e-3, 1e-6])
+def test_a_candidate_that_diverged_hides_no_difference(outlier: float, gap: float) -> None:
+    """The outlier is the smallest item of its task, so it is not simply dominated."""
+    items = [Item({t: -0.5 - extra}, size) for t in "ab" for extra, size in ((0, 500), (gap, 10))]
+    items += [Item({"a": -outlier}, 0), Item({"a": -outlier, "b": -0.5}, 1)]
+    assert solve(items, 1000) == [0, 2]
+    assert solve(items, 510) in ([0, 3], [1, 2])
+    assert solve(items, 500 - 1) == [1, 3]
+    assert solve(items, 5) == [5]
+
+
 def test_a_joint_item_is_charged_once_and_covers_its_group_whole() -> None:
     items = [
         Item({"a": 0.9, "b": 0.2}, 100),

@@ -89,6 +89,23 @@ def test_budgets_in_bytes_sizes_and_times_the_base(frame: pd.DataFrame) -> None:
             plan(frame, wrong)
 
 
+def test_the_least_that_is_named_would_do() -> None:
+    frame = pd.DataFrame([row("a", "bias", 0.9, 1_234_567, base_bytes=10_000_000)])
+    with pytest.raises(PlanError, match=r"or 1\.124x") as refused:
+        plan(frame, "1x")
+    named = str(refused.value).rpartition("or ")[2].split("x")[0]
+    assert plan(frame, f"{named}x").chosen.bytes == 1_234_567
+    frame = pd.DataFrame([row("a", "bias", 0.9, 150)])
+    assert plan(frame, "1.15x").budget == 150  # as a float, 0.15 times 1000 is 149.99...
+
+
+def test_the_order_of_a_table_does_not_matter(frame: pd.DataFrame) -> None:
+    two = pd.concat([frame, frame.assign(seed=1, cell=frame["cell"] + "-1")])
+    mixed = two.sample(frac=1.0, random_state=3)
+    for budget in (300, 930, 1200):
+        assert labels(plan(mixed, budget)) == labels(plan(two, budget))
+
+
 def test_heads_count_where_asked(frame: pd.DataFrame) -> None:
     assert plan(frame, 1230, heads=True).chosen.bytes == 1230
     assert labels(plan(frame, 1229, heads=True)) == dict.fromkeys("abc", "joint")

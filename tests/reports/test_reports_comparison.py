@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from html_page import Page
 
 import weft
@@ -109,6 +110,43 @@ def test_a_plan_of_many_tasks_is_told_by_method_first(tmp_path: Path) -> None:
     assert "<summary>Every task <small>22 rows</small></summary>" in text
     few = page_of(pd.DataFrame(rows()), tmp_path, budget=1000)[1]
     assert "By method" not in few
+
+
+def without_test(*missing: tuple[str, str, int]) -> pd.DataFrame:
+    """The table without the test scores of some task, method and seed."""
+    frame = pd.DataFrame(rows())
+    for task, method, seed in missing:
+        here = (frame.task == task) & (frame.method == method) & (frame.seed == seed)
+        frame.loc[here, "test"] = None
+    return frame
+
+
+def test_all_choices_are_shown_on_one_split(tmp_path: Path) -> None:
+    frame = without_test(("easy", "linear_probe", 0))
+    answer = read_compared(frame, 1000).answer
+    assert answer is not None
+    assert answer.metric == "validation accuracy"
+    assert all(b.plan.test == b.plan.val for b in answer.budgets)
+    text = page_of(frame, tmp_path, budget=1000)[1]
+    assert "scored on test" not in text
+    assert "scores better on validation than the best single method" in text
+
+
+def test_without_test_data_nothing_speaks_of_test_scores(tmp_path: Path) -> None:
+    frame = pd.DataFrame(rows()).assign(test=None)
+    text = page_of(frame, tmp_path, budget=1000)[1]
+    assert "better on test" not in text
+    assert "scored on test" not in text
+    assert "reported on the test split" not in text
+
+
+def test_an_undefined_score_takes_away_its_own_point_alone() -> None:
+    frame = without_test(("easy", "linear_probe", 0))
+    compared = read_compared(frame, 1000)
+    assert len(compared.tests) == len(frame) - 1
+    assert {point.metric for point in compared.tests} == {"test accuracy"}
+    frame.loc[frame.method == "linear_probe", "val"] = None
+    assert len(read_compared(frame, 1000).vals) == len(frame) - 6
 
 
 def choice(test: float, spread: float | None = None) -> Choice:
@@ -309,6 +347,35 @@ def test_what_the_plan_in_the_folder_was_asked_is_asked_here(run: Path) -> None:
         assert answer is not None
         assert answer.metric == "test improvement over linear_probe, %"
         assert answer.higher_is_better
+    finally:
+        (run / "plan.yaml").unlink()
+
+
+def test_a_plan_that_counts_heads_is_shown_as_it_is(run: Path) -> None:
+    made = weft.plan(run, "1MB", heads=True, max_seeds=1, objective="worst")
+    made.write(run / "plan.yaml")
+    try:
+        answer = read_compared(run, None).answer
+        assert answer is not None
+        assert answer.at.plan.bytes == made.chosen.bytes
+        assert answer.at.plan.bytes > sum(owner.own_bytes for owner in answer.owners)
+        assert answer.of == "worst task"
+    finally:
+        (run / "plan.yaml").unlink()
+
+
+def test_a_plan_whose_budget_fits_no_more_leaves_the_rest_of_the_page(run: Path) -> None:
+    weft.plan(run, "1MB").write(run / "plan.yaml")
+    stated = yaml.safe_load((run / "plan.yaml").read_text()) | {"budget_bytes": 0}
+    stated["counted"] = "own and shared bytes and heads"
+    (run / "plan.yaml").write_text(yaml.safe_dump(stated))
+    try:
+        compared = read_compared(run, None)
+        assert compared.answer is None
+        assert "Nothing fits a budget of 0 bytes" in compared.no_answer
+        assert compared.tests
+        with pytest.raises(PlanError, match="Nothing fits"):
+            read_compared(run, 0)
     finally:
         (run / "plan.yaml").unlink()
 

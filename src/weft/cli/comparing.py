@@ -131,6 +131,7 @@ def _show_result(fleet: Fleet, result: FleetResult) -> None:
     frame = result.table
     if len(frame):
         tasks = [t for t in fleet.comparison.tasks if t in set(frame["task"])]
+        frame = frame.assign(val=frame["val"].astype(float))  # what is missing becomes nan
         means = frame.pivot_table("val", "label", "task", aggfunc="mean", sort=False)
         owned = frame.groupby(["label", "task"], sort=False)["own_bytes"].mean()
         shown = tasks if len(tasks) <= MANY_TASKS else []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Collection, Mapping, Sequence, Sized
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -138,6 +138,7 @@ def run_fleet(
     devices: Sequence[str] | None = None,
     progress: bool = True,
     check_data: bool = True,
+    skip: Collection[str] = (),
 ) -> FleetResult:
     """Run the cells that are not finished; whatever ends this, calling it again goes on.
 
@@ -148,6 +149,7 @@ def run_fleet(
         devices: CUDA devices or "cpu", dealt to the processes in turn; default all that there are.
         progress: whether to show progress, on standard error.
         check_data: whether to read all data first, and warn of its problems.
+        skip: names of cells to leave as they are.
 
     Raises:
         ConfigError: jobs or shard out of range, or a device that is not there.
@@ -158,7 +160,7 @@ def run_fleet(
         raise ConfigError(f"jobs is a whole number of at least 1, found {jobs}.")
     dealt = check_devices(devices or ())
     mine = part_of(fleet.cells, shard)
-    missing = [cell for cell in mine if not cell.finished]
+    missing = [cell for cell in mine if not cell.finished and cell.name not in skip]
     if check_data:
         _check_data(fleet.comparison, missing)
     _write_document(fleet)

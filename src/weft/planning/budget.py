@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 
 from weft.errors import ConfigError
 from weft.sizes import size_in_bytes
@@ -34,4 +35,4 @@ def budget_in_bytes(budget: int | str, base_bytes: int) -> int:
         raise ConfigError(
             f"budget: found '{budget}', expected at least 1x: the base is part of what is counted."
         )
-    return int((factor - 1) * base_bytes)
+    return int((Decimal(times[1]) - 1) * base_bytes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal, final
@@ -129,6 +129,7 @@ def read_choices(
     tasks: tuple[str, ...] | None = None,
     seeds: tuple[int, ...] | None = None,
     max_seeds: int | None = None,
+    expected: Sequence[tuple[str, tuple[str, ...]]] = (),
 ) -> Choices:
     """Group a comparison's table by what can be chosen.
 
@@ -137,6 +138,7 @@ def read_choices(
         tasks: to be covered; default those of the table.
         seeds: of the comparison; default those of the table.
         max_seeds: use at most so many seeds, the first ones, >= 1.
+        expected: label and tasks of every cell, so that those without any result are named.
 
     Raises:
         DataError: a column is missing, or there are no results.
@@ -152,9 +154,16 @@ def read_choices(
     rows = columns.where(frame[list(NEEDED)].notna(), None).to_dict("records")
     every = seeds or tuple(dict.fromkeys(int(row["seed"]) for row in rows))
     needed = every[:max_seeds]
-    choices, left_out = [], {}
-    for key, by_seed in _cells(rows).items():
-        described = f"{key[0]} for {', '.join(key[1])}"
+    found = _cells(rows)
+    known = {(label, frozenset(covered)) for label, covered in found}
+    choices: list[Choice] = []
+    left_out = {
+        _described(label, covered): "no result"
+        for label, covered in expected
+        if (label, frozenset(covered)) not in known
+    }
+    for key, by_seed in found.items():
+        described = _described(*key)
         without = [seed for seed in needed if seed not in by_seed]
         if without:
             left_out[described] = f"no result for seed {', '.join(map(str, without))}"
@@ -177,6 +186,10 @@ def read_choices(
     return Choices(wanted, tuple(choices), needed, int(rows[0]["base_bytes"]), left_out)
 
 
+def _described(label: str, tasks: Sequence[str]) -> str:
+    return f"{label} for {', '.join(tasks)}"
+
+
 Key = tuple[str, tuple[str, ...]]
 Rows = list[dict[Any, Any]]
 
@@ -186,8 +199,10 @@ def _cells(rows: Rows) -> dict[Key, dict[int, Rows]]:
     cells: dict[str, Rows] = {}
     for row in rows:
         cells.setdefault(row["cell"], []).append(row)
+    order = {task: place for place, task in enumerate(dict.fromkeys(r["task"] for r in rows))}
     grouped: dict[Key, dict[int, Rows]] = {}
     for part in cells.values():
+        part.sort(key=lambda row: order[row["task"]])
         key = part[0]["label"], tuple(row["task"] for row in part)
         grouped.setdefault(key, {})[int(part[0]["seed"])] = part
     return grouped

@@ -64,16 +64,32 @@ def solve(
         allowed = []
     if not allowed:
         return None
-    chosen = [items[i] for i in allowed]
-    weight = weights or {}
-    values = np.array([sum(weight.get(t, 1.0) * v for t, v in i.values.items()) for i in chosen])
-    values = _scaled(values)
-    best = _program(chosen, -values, budget)
-    assert best is not None
+    regrets, best = _regrets([items[i] for i in allowed], weights or {}), None
+    while True:
+        chosen, values = [items[i] for i in allowed], _scaled(-regrets)
+        best = _program(chosen, -values, budget)
+        assert best is not None
+        # An item of more regret than a whole choice is in no better one. Without such items the
+        # solver's tolerance is small beside the differences that are left.
+        kept = np.flatnonzero(regrets <= regrets[best].sum())
+        if len(kept) == len(allowed):
+            break
+        allowed, regrets = [allowed[i] for i in kept], regrets[kept]
     least = float(values[best].sum())
     tightest = _program(chosen, _bytes(chosen), budget, values=values, least=least)
     # Numerically the second question may just miss the first one's answer.
     return [allowed[i] for i in (best if tightest is None else tightest)]
+
+
+def _regrets(items: Sequence[Item], weights: Mapping[str, float]) -> np.ndarray[Any, Any]:
+    """How much less than the best of each task an item's tasks score, weighted; >= 0."""
+    best: dict[str, float] = {}
+    for item in items:
+        for task, value in item.values.items():
+            best[task] = max(value, best.get(task, -math.inf))
+    return np.array(
+        [sum(weights.get(t, 1.0) * (best[t] - v) for t, v in i.values.items()) for i in items]
+    )
 
 
 def least_bytes(items: Sequence[Item]) -> int:

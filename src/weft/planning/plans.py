@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -172,10 +173,11 @@ def answer(asked: Question, budget: int, comparison: Path | None) -> Plan:
     chosen = solve(items, budget, asked.objective, asked.weights)
     if chosen is None:
         least = least_bytes(items)
-        whole = 1 + least / max(asked.choices.base_bytes, 1)
+        # Rounded up, so that it would do.
+        whole = 1 + math.ceil(1000 * least / max(asked.choices.base_bytes, 1)) / 1000
         raise PlanError(
             f"Nothing fits a budget of {budget:,} bytes: the least that covers every task takes "
-            f"{least:,} bytes, or {whole:.4g}x with the base."
+            f"{least:,} bytes, or {whole:g}x with the base."
         )
     picks = [choices[i] for i in chosen]
     return Plan(budget, asked, selection(asked, "plan", picks), _singles(asked), comparison)

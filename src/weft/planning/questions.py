@@ -107,7 +107,11 @@ def question(
         fleet = open_fleet(comparison)
         stated = fleet.comparison
         choices = read_choices(
-            fleet.table(), tasks=tuple(stated.tasks), seeds=stated.seeds, max_seeds=max_seeds
+            fleet.table(),
+            tasks=tuple(stated.tasks),
+            seeds=stated.seeds,
+            max_seeds=max_seeds,
+            expected=[(cell.label, cell.tasks) for cell in fleet.cells],
         )
         folder: Path | None = fleet.root
     else:

@@ -108,8 +108,6 @@ def _cells(content: dict[str, Any], file: Path, root: Path) -> list[Cell]:
 
 def _seen_from(experiment: Experiment, directory: Path, file: Path) -> Experiment:
     """The same with its relative paths seen from the folder in which the plan was made."""
-    if directory.resolve() == Path.cwd():
-        return experiment
     base = experiment.base
     tasks = {
         name: task.model_copy(update={"data": seen_from(task.data, directory)})

@@ -80,7 +80,7 @@ def read_compared(source: str | Path | pd.DataFrame, budget: int | str | None) -
         base=_base_name(fleet),
         base_bytes=int(rows[0]["base_bytes"]),
         base_parameters=int(rows[0].get("base_parameters") or 0),
-        tests=_points(rows, "test") or _points(rows, "val"),
+        tests=_shown_points(rows),
         vals=_points(rows, "val"),
         rows=_table(rows, tasks, picked),
         answer=None if made is None else made.answer(),
@@ -119,13 +119,18 @@ def _reason(file: Path) -> str:
 # -------------------------------------------------------------------- figures
 
 
+def _shown_points(rows: Rows) -> tuple[Point, ...]:
+    """Test scores, and validation scores of the tasks that have no test data."""
+    tests = _points(rows, "test")
+    tested = {point.task for point in tests}
+    return (*tests, *(p for p in _points(rows, "val") if p.task not in tested))
+
+
 def _points(rows: Rows, split: str) -> tuple[Point, ...]:
-    """A point for each task of each cell; none if one lacks the split.
+    """A point for each task of each cell that has a score.
 
     What the tasks of a cell share counts in equal parts for each.
     """
-    if any(row[split] is None for row in rows):
-        return ()
     together: dict[str, int] = {}
     for row in rows:
         together[row["cell"]] = together.get(row["cell"], 0) + 1
@@ -142,6 +147,7 @@ def _points(rows: Rows, split: str) -> tuple[Point, ...]:
             higher_is_better=bool(row["higher_is_better"]),
         )
         for row in rows
+        if row[split] is not None
     )
 
 
@@ -198,7 +204,7 @@ def _curves(fleet: Fleet, tasks: Sequence[str]) -> dict[str, dict[str, list[floa
         for text in file.read_text(encoding="utf-8").splitlines():
             row = json.loads(text)
             scores = [v for k, v in (row.get("val") or {}).items() if k != "loss"]
-            if scores:
+            if scores and scores[0] is not None:  # an undefined score has no place in a curve
                 lines.setdefault(row["task"], []).append(float(scores[0]))
         for task, values in lines.items():
             found.setdefault(task, {}).setdefault(cell.label, []).append(values)
@@ -226,6 +232,12 @@ class _Planned:
     curve: tuple[Plan, ...]
     many_seeds: bool
 
+    @property
+    def tested(self) -> bool:
+        """Whether every choice has test scores; else all are shown by validation."""
+        made = [s for p in (self.plan, *self.curve) for s in (p.chosen, *p.singles)]
+        return all(selection.test is not None for selection in made)
+
     def shown(self) -> list[Selection]:
         """The plan and the best single method, whose tasks are looked at closely."""
         single = self.plan.best_single
@@ -241,7 +253,7 @@ class _Planned:
         metric = metrics.pop() if len(metrics) == 1 else "weighted score"
         if asked.relative_to is not None:
             metric = f"improvement over {asked.relative_to}, %"
-        tested = self.plan.chosen.test is not None
+        of = "worst task" if asked.objective == "worst" else "mean of all tasks"
         singles = self.plan.singles
         return Answer(
             budget=self.plan.budget,
@@ -256,7 +268,8 @@ class _Planned:
             at=self._budget(self.plan),
             shared_bytes=sum(max(pick.shared_bytes) for pick in self.plan.chosen.picks),
             whole=self._choice(singles[0]) if singles else None,
-            metric=f"{'test' if tested else 'validation'} {metric}",
+            metric=f"{'test' if self.tested else 'validation'} {metric}",
+            of="weighted mean" if asked.weights and asked.objective == "mean" else of,
             higher_is_better=asked.sign > 0,
         )
 
@@ -269,7 +282,7 @@ class _Planned:
         )
 
     def _choice(self, chosen: Selection) -> Choice:
-        mean, spread = chosen.test or chosen.val
+        mean, spread = (chosen.test if self.tested else None) or chosen.val
         said = chosen.name
         if said == "plan":
             labels = sorted({pick.label for pick in chosen.picks})
@@ -302,13 +315,13 @@ def _planned(
             source,
             stated.get("objective") or "mean",
             stated.get("weights"),
-            heads=False,
-            max_seeds=None,
+            heads=str(stated.get("counted", "")).endswith("and heads"),
+            max_seeds=len(stated["seeds"]) if stated.get("seeds") else None,
             relative_to=stated.get("relative_to"),
         )
+        limits = sweep(asked, 9)
     except (PlanError, ConfigError) as error:
         return None, str(error), _left_out(read)
-    limits = sweep(asked, 9)
     said: str
     if budget is not None:
         limit = budget_in_bytes(budget, asked.choices.base_bytes)
@@ -322,7 +335,12 @@ def _planned(
             f"This is the smallest budget of the curve that brings {100 * ENOUGH:.0f} % of what "
             "more bytes gain on validation; another one: --budget."
         )
-    plan = answer(asked, limit, folder)
+    try:
+        plan = answer(asked, limit, folder)
+    except PlanError as error:
+        if budget is not None:
+            raise  # what was asked for cannot be
+        return None, f"{error} ({said})", asked.choices.left_out
     curve = tuple(answer(asked, at, folder) for at in sorted({*limits, limit}))
     many = len(asked.choices.seeds) > 1
     return _Planned(plan, said, curve, many), "", asked.choices.left_out

@@ -53,11 +53,20 @@ def paragraph(rows: Rows, tasks: Sequence[str], seeds: Sequence[int], fleet: Fle
         else "Each training was run with one seed"
     )
     sentences.append(
-        f"{spread}. Epochs, methods and plans were selected on the validation split, and scores "
-        "are reported on the test split. Sizes count the tensors that a task owns, without heads."
+        f"{spread}. Epochs, methods and plans were selected on the validation split, and "
+        f"{_reported(rows)}. Sizes count the tensors that a task owns, without heads."
     )
     sentences.append(f"All runs used {versions}.")
     return " ".join(sentences)
+
+
+def _reported(rows: Rows) -> str:
+    tested = [row["task"] for row in rows if row.get("test") is not None]
+    if not tested:
+        return "scores are reported on it as well, for there are no test data"
+    untested = dict.fromkeys(row["task"] for row in rows if row["task"] not in tested)
+    apart = f", but for {_listed([*untested])}, which have none" if untested else ""
+    return f"scores are reported on the test split{apart}"
 
 
 def _named(method: str) -> str:

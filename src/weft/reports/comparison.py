@@ -67,6 +67,7 @@ class Answer:
         whole: the best single method of any size.
         metric: of the mean, with the split.
         higher_is_better: its direction.
+        of: what of the tasks' scores is looked at.
     """
 
     budget: int
@@ -78,6 +79,12 @@ class Answer:
     whole: Choice | None
     metric: str
     higher_is_better: bool
+    of: str = "mean of all tasks"
+
+    @property
+    def split(self) -> str:
+        """The split that is shown: "test", or "validation" where a choice has no test scores."""
+        return self.metric.partition(" ")[0]
 
 
 @dataclass(frozen=True)
@@ -187,6 +194,7 @@ def comparison_page(
             answer.metric,
             higher_is_better=answer.higher_is_better,
             chosen=answer.budget,
+            of=answer.of,
         )
         plan = Figure("plan", f"{answer.metric} against the budget of all tasks", drawing)
     metrics = metrics_of(compared.tests)
@@ -308,6 +316,8 @@ def _answer_texts(answer: Answer) -> dict[str, Any]:
         "by_method": _by_method(answer) if len(answer.owners) > OPEN_OWNERS else "",
         "verdict": verdict(answer),
         "metric": answer.metric,
+        "split": answer.split,
+        "of": answer.of,
         "shared": bytes_text(answer.shared_bytes) if answer.shared_bytes else "",
         "owners": [
             {
@@ -362,9 +372,9 @@ def verdict(answer: Answer) -> str:
     points = f"{100 * gain:+.1f} points" if "accuracy" in answer.metric else f"{gain:+.3g}"
     count = f"{len(gains)} budgets" if len(gains) > 1 else "the one budget"
     return (
-        f"Over {count}, a method for each task scores better on test than the best single method "
-        f"that fits at {better}, the same within the spread at {same}, and worse at {worse}; "
-        f"{points} on average."
+        f"Over {count}, a method for each task scores better on {answer.split} than the best "
+        f"single method that fits at {better}, the same within the spread at {same}, and worse "
+        f"at {worse}; {points} on average."
     )
 
 

@@ -55,6 +55,7 @@ def draw_plan(
     *,
     higher_is_better: bool = True,
     chosen: float | None = None,
+    of: str = "mean of all tasks",
     width: float = 860.0,
     height: float = 360.0,
 ) -> Drawing:
@@ -65,6 +66,7 @@ def draw_plan(
         metric: name of the score.
         higher_is_better: direction of the score.
         chosen: bytes of the budget to mark.
+        of: what of the tasks' scores is drawn.
         width: of the drawing.
         height: of the drawing.
     """
@@ -96,7 +98,7 @@ def draw_plan(
         drawing.text(LEFT + ZERO / 2, bottom + 17, bytes_text(0), "tick", "middle")
         for x in (start - 3, start + 1):
             drawing.line([(x - 3, bottom + 5), (x + 3, bottom - 5)], "axis")
-    drawing.text(8, 16, _heading(metric, share, higher_is_better), "title")
+    drawing.text(8, 16, _heading(metric, of, share, higher_is_better), "title")
     drawing.text(
         (LEFT + width - RIGHT) / 2,
         height - 10,
@@ -118,10 +120,10 @@ def draw_plan(
     return drawing
 
 
-def _heading(metric: str, share: bool, higher_is_better: bool) -> str:
+def _heading(metric: str, of: str, share: bool, higher_is_better: bool) -> str:
     unit = " (%)" if share else ""
     hint = "" if higher_is_better else ", lower is better"
-    return f"{metric}, mean of all tasks{unit}{hint}"
+    return f"{metric}, {of}{unit}{hint}"
 
 
 def _series(
