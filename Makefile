@@ -7,6 +7,9 @@ STAMP := $(VENV)/.installed
 # Kept in a folder of its own, a wheel that does not match can break only the tests that need it.
 VISION := $(VENV)/vision
 
+# A process for each core; a file's tests share its fixtures, so they stay together.
+PARALLEL ?= --numprocesses auto --dist loadfile
+
 .PHONY: setup demo test test-all lint types clean
 
 setup: $(STAMP)
@@ -28,10 +31,10 @@ $(VISION)/.installed: $(STAMP)
 	@touch $@
 
 test: setup $(VISION)/.installed
-	PYTHONPATH=$(VISION) $(BIN)/python -m pytest -m "not slow"
+	PYTHONPATH=$(VISION) $(BIN)/python -m pytest -m "not slow" $(PARALLEL)
 
 test-all: setup $(VISION)/.installed
-	PYTHONPATH=$(VISION) $(BIN)/python -m pytest
+	PYTHONPATH=$(VISION) $(BIN)/python -m pytest $(PARALLEL)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -193,7 +193,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_training(
 
 
 def test_a_log_that_is_a_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="is a folder"):
+    with pytest.raises(TrainingError, match="It is a folder"):
         _fit(log=tmp_path)
 
 

@@ -108,7 +108,7 @@ def check_place(path: Path) -> None:
         OSError: it cannot.
     """
     if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        raise IsADirectoryError(errno.EISDIR, "It is a folder", str(path))
     make_folder(path.parent)
     probe = beside(path)
     write_file(probe, b"")
