@@ -4,7 +4,7 @@ Whole commands are timed, with the start of Python: one after the other for the 
 processes if there are several, so that few cells do not gain what many do; phases.py says how long
 it takes. The network is four small convolutions, the data are random images of 16 x 16 pixels.
 Run on a machine that does nothing else:
-python bench/comparing/jobs.py [--rounds 3] [--jobs 2] [--epochs 12]
+python bench/comparing/jobs.py [--rounds 3] [--jobs 2] [--epochs 12] [--seeds 4]
 """
 
 from __future__ import annotations
@@ -36,12 +36,13 @@ def make():
 """
 
 
-def prepare(folder: Path, epochs: int) -> Path:
-    """Write base, data and comparison; 24 cells.
+def prepare(folder: Path, epochs: int, seeds: int) -> Path:
+    """Write base, data and comparison; six cells for each seed.
 
     Args:
         folder: where to.
         epochs: of each cell.
+        seeds: how many.
 
     Returns:
         The comparison's YAML file.
@@ -55,7 +56,7 @@ def prepare(folder: Path, epochs: int) -> Path:
         "base": {"name": "python:net.py:make"},
         "tasks": {name: {"data": f"npz:{name}.npz"} for name in ("one", "two")},
         "methods": ["scale_bias", "taps", "full_finetune"],
-        "seeds": 4,
+        "seeds": seeds,
         "train": {"epochs": epochs},
     }
     path = folder / "comparison.yaml"
@@ -68,10 +69,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--seeds", type=int, default=4)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        config, count = prepare(folder, given.epochs), iter(range(1000))
+        config, count = prepare(folder, given.epochs, given.seeds), iter(range(1000))
 
         def compare(jobs: int) -> None:
             command = [sys.executable, "-m", "weft", "compare", config.name, "--jobs", str(jobs)]
