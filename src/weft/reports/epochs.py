@@ -61,7 +61,8 @@ def draw_epochs(
             drawing.line(points, style)
         else:
             drawing.marker("circle", points[0], 3, "dot" if place < 0 else f"m{place % SERIES}")
-    ends = [Item(n, (frame.x(len(curves[n])), frame.y(curves[n][-1]))) for n in named]
+    # Short enough to fit beside the plot where neighbours push them to the right.
+    ends = [Item(shorten(n, 19), (frame.x(len(curves[n])), frame.y(curves[n][-1]))) for n in named]
     area = (LEFT, TOP, width - 2, height - BOTTOM + 10)
     across_plot = (LEFT, TOP, width - RIGHT + 4, height - BOTTOM)
     place_labels(drawing, sorted(ends, key=lambda item: item.at[1]), [across_plot], area, 11.0)
