@@ -74,6 +74,7 @@ def test_a_file_says_base_and_holds_the_number(tmp_path: Path) -> None:
     [
         ("timm:resnet81", "Close matches: .*resnet"),
         ("timm:resnet18.nope", "no weights 'resnet18.nope'"),
+        ("torchvision:resnet81", "Close matches: .*resnet"),
         ("torchvision:deeplabv3_resnet50", "states none"),
     ],
 )

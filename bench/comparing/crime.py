@@ -40,7 +40,7 @@ def _rate(name: str) -> dict[str, npt.NDArray[Any]]:
         columns = {f"x_num_{split}": arrays[f"x_num_{split}"] for split in SPLITS}
         rates = {f"y_{split}": np.log1p(arrays[f"y_{name}_{split}"]) for split in SPLITS}
     centre, spread = rates["y_train"].mean(), rates["y_train"].std()
-    return columns | {split: (rate - centre) / spread for split, rate in rates.items()}
+    return columns | {key: (rate - centre) / spread for key, rate in rates.items()}
 
 
 murders = partial(_rate, "murdPerPop")

@@ -78,8 +78,7 @@ def stated_image_size(name: str, options: Mapping[str, Any] | None = None) -> in
 
 
 def _timm_size(name: str) -> Any:
-    timm = _import_timm()
-    _check_timm(timm, name)
+    timm = _timm_with(name)
     try:
         config = timm.get_pretrained_cfg(name)
     except RuntimeError as error:  # a tag that the model does not have
@@ -88,9 +87,7 @@ def _timm_size(name: str) -> Any:
 
 
 def _torchvision_size(name: str) -> Any:
-    models = _import_torchvision_models()
-    if name not in models.list_models():
-        return None  # told when the base is made
+    models = _torchvision_with(name)
     # What weights are evaluated with; the enumeration fetches nothing.
     # Those of detectors and segmentation networks state none.
     return getattr(models.get_model_weights(name).DEFAULT.transforms(), "crop_size", None)
@@ -107,19 +104,14 @@ def _transformers_size(name: str) -> Any:
 
 
 def _timm(name: str, options: dict[str, Any]) -> tuple[nn.Module, Preprocessing | None]:
-    timm = _import_timm()
-    _check_timm(timm, name)
+    timm = _timm_with(name)
     base = _made(name, timm.create_model, name, **{"num_classes": 0, **options})
     config = timm.data.resolve_model_data_config(base)
     return base, Preprocessing(mean=tuple(config["mean"]), std=tuple(config["std"]))
 
 
 def _torchvision(name: str, options: dict[str, Any]) -> tuple[nn.Module, Preprocessing | None]:
-    models = _import_torchvision_models()
-    if name not in models.list_models():
-        raise ConfigError(
-            f"torchvision has no model '{name}'.{close_matches(name, models.list_models())}"
-        )
+    models = _torchvision_with(name)
     pretrained = options.pop("pretrained")
     chosen = {"weights": "DEFAULT" if pretrained else None, **options}
     base = _made(name, models.get_model, name, **chosen)
@@ -191,24 +183,26 @@ STATED: dict[str, Callable[[str], Any]] = {
 }
 
 
-def _check_timm(timm: Any, name: str) -> None:
-    if not timm.is_model(name):
-        raise ConfigError(f"timm has no model '{name}'.{close_matches(name, timm.list_models())}")
-
-
-def _import_timm() -> Any:
+def _timm_with(name: str) -> Any:
+    """The library, which has this model."""
     try:
         import timm
     except ImportError:
         raise MissingExtra("A timm base", "timm") from None
+    if not timm.is_model(name):
+        raise ConfigError(f"timm has no model '{name}'.{close_matches(name, timm.list_models())}")
     return timm
 
 
-def _import_torchvision_models() -> Any:
+def _torchvision_with(name: str) -> Any:
+    """The library's models, which have this one."""
     try:
         from torchvision import models
     except ImportError:
         raise MissingExtra("A torchvision base", "torchvision") from None
+    known = models.list_models()
+    if name not in known:
+        raise ConfigError(f"torchvision has no model '{name}'.{close_matches(name, known)}")
     return models
 
 

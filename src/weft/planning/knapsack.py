@@ -64,7 +64,7 @@ def solve(
         allowed = []
     if not allowed:
         return None
-    regrets, best = _regrets([items[i] for i in allowed], weights or {}), None
+    regrets = _regrets([items[i] for i in allowed], weights or {})
     while True:
         chosen, values = [items[i] for i in allowed], _scaled(-regrets)
         best = _program(chosen, -values, budget)

@@ -253,7 +253,7 @@ class _Planned:
         metric = metrics.pop() if len(metrics) == 1 else "weighted score"
         if asked.relative_to is not None:
             metric = f"improvement over {asked.relative_to}, %"
-        of = "worst task" if asked.objective == "worst" else "mean of all tasks"
+        mean = "weighted mean" if asked.weights else "mean of all tasks"
         singles = self.plan.singles
         return Answer(
             budget=self.plan.budget,
@@ -269,7 +269,7 @@ class _Planned:
             shared_bytes=sum(max(pick.shared_bytes) for pick in self.plan.chosen.picks),
             whole=self._choice(singles[0]) if singles else None,
             metric=f"{'test' if self.tested else 'validation'} {metric}",
-            of="weighted mean" if asked.weights and asked.objective == "mean" else of,
+            of="worst task" if asked.objective == "worst" else mean,
             higher_is_better=asked.sign > 0,
         )
 
