@@ -196,11 +196,11 @@ def main() -> None:
         out = out.with_name(out.name + "-smoke")
     cells = [
         (name, method, sparsity, seed)
+        for name, about in config["data"].items()
         for seed in config["seeds"]
-        for name in config["data"]
         for method, sparsity in [
             ("dense", 0.0),
-            *((m, s) for s in config["sparsities"] for m in config["methods"]),
+            *((m, s) for s in config["sparsities"] for m in about["methods"]),
         ]
     ]
     if not given.table:

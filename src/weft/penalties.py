@@ -11,6 +11,7 @@ from torch import Tensor
 
 from weft.core.adapter import Records
 from weft.core.sharing import Penalty
+from weft.errors import PlanError
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,17 @@ class TieToMean(Penalty):
         keys: of the own tensors.
         mean: what the key of a mean begins with.
         form: which of the two.
+        learned: whether the mean learns from these tasks as well.
+
+    Raises:
+        PlanError: a mean is not there, or is of another shape.
     """
 
     weight: float
     keys: tuple[str, ...]
     mean: str
     form: Literal["squared", "norm"] = "squared"
+    learned: bool = True
 
     def __call__(
         self,
@@ -78,7 +84,7 @@ class TieToMean(Penalty):
         total = next(iter(shared.values()), torch.zeros(())).new_zeros((), dtype=torch.float32)
         for tensors in own.values():
             for key in self.keys:
-                apart = tensors[key] - shared[self.mean + key]
+                apart = tensors[key] - self._mean(key, tensors[key], shared)
                 if self.form == "squared":
                     total = total + 0.5 * self.weight * apart.square().sum()
                 else:
@@ -87,6 +93,16 @@ class TieToMean(Penalty):
                     norm = torch.where(squared > 0, squared, 1.0).sqrt()
                     total = total + self.weight * torch.where(squared > 0, norm, 0.0)
         return total
+
+    def _mean(self, key: str, own: Tensor, shared: Mapping[str, Tensor]) -> Tensor:
+        mean = shared.get(self.mean + key)
+        if mean is None or mean.shape != own.shape:
+            found = "has none" if mean is None else f"has one of shape {tuple(mean.shape)}"
+            raise PlanError(
+                f"A task is tied to a mean of shape {tuple(own.shape)} for '{key}', and its model "
+                f"{found}. Make the model by the same plan with mean='trained'."
+            )
+        return mean if self.learned else mean.detach()
 
 
 PolicyForm = Literal["paper", "code"]

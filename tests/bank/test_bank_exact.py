@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -297,6 +298,23 @@ def test_plans_with_code_do_not_train_without_it(tmp_path: Path) -> None:
     loaded = bank.load(base, sharing=weft.taps(base, penalty=0.7))
     assert loaded.plan("a") is not loaded.sharing
     assert loaded.plan("a") is loaded.plan("b")
+
+
+@pytest.mark.parametrize(
+    "field", [f.name for f in dataclasses.fields(Phase) if "Callable" in str(f.type)]
+)
+def test_plans_with_a_function_in_a_phase_are_stored_without_it(tmp_path: Path, field: str) -> None:
+    base = make_base()
+    phase = dataclasses.replace(Phase("train"), **{field: lambda *_: None})
+    plan = dataclasses.replace(weft.bias_only(base), phases=(phase,))
+    model = weft.MultiTaskModel(base, plan, example=images(1))
+    model.add_task("a", weft.Classification(3))
+    bank = Bank(tmp_path)
+    bank.save(model)
+    loaded = bank.load(base)
+    assert_same_model(loaded, model, images())
+    with pytest.raises(PlanError, match="does not store"):
+        loaded.plan("a").phases[0].prepare(loaded, {})
 
 
 def test_shared_states_are_kept_by_version(tmp_path: Path) -> None:

@@ -180,9 +180,47 @@ def test_any_own_tensors_can_be_tied_and_are_stored(tmp_path: Path) -> None:
         assert torch.equal(loaded.shared[key], tensor)
 
 
+@pytest.mark.parametrize("form", ["squared", "norm"])
+def test_a_new_task_is_tied_to_the_mean_of_the_others_which_stays(form: Any) -> None:
+    """With data that says nothing, the new task ends at the mean."""
+    base = net()
+    model = trained(weft.bora(base, tau=1.0, r=2, form=form), base)
+    torch.manual_seed(2)
+    given = weft.bora(base, tau=1.0, r=2, form=form, mean="given")
+    model.add_task("new", weft.Task(head=nn.Identity(), loss=nothing), sharing=given)
+    before = {k: t.clone() for k, t in model.state_dict().items()}
+    own = {k: t.detach().clone() for k, t in model.tasks["new"].own.items()}
+    weft.fit(model, {"new": rows(0)}, epochs=200, lr=0.05, momentum=0.0, progress=False)
+    for key, tensor in model.state_dict().items():
+        assert key.startswith("tasks.new.") or torch.equal(tensor, before[key]), key
+    for key, start in own.items():
+        mean = model.shared[MEAN + key]
+        assert mean.grad is None
+        assert (start - mean).norm() > 0.01
+        torch.testing.assert_close(model.tasks["new"].own[key], mean, atol=0.05, rtol=0)
+
+
+def nothing(output: Tensor, target: Tensor) -> Tensor:  # noqa: ARG001
+    return 0.0 * output.sum()
+
+
+@pytest.mark.parametrize(
+    ("plan", "found"), [("lora", "has none"), ("bora", r"has one of shape \(4, 5\)")]
+)
+def test_a_mean_that_is_not_there_is_refused(plan: str, found: str) -> None:
+    base = net()
+    model = weft.MultiTaskModel(base, weft.method(plan, base, r=4), example=torch.zeros(1, 5))
+    given = weft.bora(base, r=2, mean="given")
+    assert given.only_owns
+    model.add_task("new", weft.Classification(2), sharing=given)
+    with pytest.raises(PlanError, match=rf"mean of shape \(2, 5\) for .* and its model {found}"):
+        weft.fit(model, {"new": rows(0)}, epochs=1, progress=False)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        ({"mean": "known"}, "'trained' or 'given'"),
         ({"tau": -1.0}, "tau is a precision"),
         ({"tau": float("inf")}, "tau is a precision"),
         ({"rows": 0.0}, "rows is a number over 0"),

@@ -23,7 +23,7 @@ from weft.patches import PATCHES
 
 from .documents import plain, tuples
 
-_FUNCTIONS = ("prepare", "each_epoch", "transition")
+_FUNCTIONS = ("prepare", "each_epoch", "transition", "review")
 _CORE = ("method", "options", "patches", "adapters", "created", "train_shared")
 _MASKS = ("masked", "head_buffers")
 

@@ -37,6 +37,7 @@ def bora(
     exclude: str | Sequence[str] | None = None,
     form: Literal["squared", "norm"] = "squared",
     rows: float = 1.0,
+    mean: Literal["trained", "given"] = "trained",
 ) -> Sharing:
     """LoRA for each task, with the prior theta_t ~ N(Theta, I / tau) on its factors.
 
@@ -47,6 +48,11 @@ def bora(
     The negative log-likelihood of a task is a sum over its rows: a task with many rows heeds the
     prior less. `fit` takes means over rows, so give it ``weights={task: its rows / mean rows}`` and
     this plan ``rows=`` the mean number of rows of a task.
+
+    A new task can be fitted alone under the mean that the others have learned:
+
+        model.add_task("new", task, sharing=weft.bora(base, tau=10, mean="given"))
+        weft.fit(model, {"new": data})
 
     Args:
         base: as for `lora`.
@@ -59,9 +65,11 @@ def bora(
         exclude: as there.
         form: "squared", or "norm": ``tau sum_t sum_i |theta_ti - Theta_i|`` over tensors i.
         rows: what the charge is divided by, > 0.
+        mean: "trained", or "given" for a task that is added to a model with such a plan: the
+            model's mean stays as it is.
 
     Returns:
-        The plan. With tau > 0 the tasks' mean trains with all of them.
+        The plan. With tau > 0 the tasks' mean trains with all of them, unless it is given.
 
     Raises:
         PlanError: a wrong option, or nothing to adapt.
@@ -73,8 +81,8 @@ def bora(
     """
     plan = lora(base, r=r, alpha=alpha, dropout=dropout, target=target, exclude=exclude)
     options = {key: plan.options[key] for key in ("r", "alpha", "dropout", "target", "exclude")}
-    stated = {"tau": tau, **options, "form": form, "rows": rows}
-    tied = tie_to_mean(plan, base, tau, form=form, rows=rows)
+    stated = {"tau": tau, **options, "form": form, "rows": rows, "mean": mean}
+    tied = tie_to_mean(plan, base, tau, form=form, rows=rows, mean=mean)
     return replace(tied, method="bora", options=stated)
 
 
@@ -85,6 +93,7 @@ def tie_to_mean(
     *,
     form: Literal["squared", "norm"] = "squared",
     rows: float = 1.0,
+    mean: Literal["trained", "given"] = "trained",
 ) -> Sharing:
     """A plan whose tasks are charged for the distance of what they own to a learned mean.
 
@@ -94,9 +103,11 @@ def tie_to_mean(
         tau: precision, >= 0; 0 gives the plan itself.
         form: as for `bora`.
         rows: as for `bora`.
+        mean: as for `bora`.
 
     Returns:
-        The plan with a mean for each own floating-point parameter, which trains with all tasks.
+        The plan with a mean for each own floating-point parameter, which trains with all tasks
+        unless it is given.
 
     Raises:
         PlanError: a number out of range, or a plan whose tasks share trained tensors already.
@@ -107,6 +118,8 @@ def tie_to_mean(
         raise PlanError(f"rows is a number over 0, found {rows!r}.")
     if form not in ("squared", "norm"):
         raise PlanError(f"form is 'squared' or 'norm', found {form!r}.")
+    if mean not in ("trained", "given"):
+        raise PlanError(f"mean is 'trained' or 'given', found {mean!r}.")
     if tau == 0.0:
         return plan
     if not plan.only_owns:
@@ -114,8 +127,9 @@ def tie_to_mean(
             f"The tasks of '{plan.method}' share trained tensors. Tie tasks that only own theirs."
         )
     start = {k: t for k, t in _fresh(plan, base).items() if isinstance(t, nn.Parameter)}
-    means = {MEAN + key: Created(tensor.detach().clone()) for key, tensor in start.items()}
-    charge = TieToMean(tau / rows, tuple(start), MEAN, form)
+    trained = mean == "trained"
+    means = {MEAN + key: Created(t.detach().clone()) for key, t in start.items()} if trained else {}
+    charge = TieToMean(tau / rows, tuple(start), MEAN, form, trained)
     return replace(plan, created=means, penalties=(*plan.penalties, charge))
 
 
