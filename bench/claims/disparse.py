@@ -197,11 +197,9 @@ def main() -> None:
     cells = [
         (name, method, sparsity, seed)
         for name, about in config["data"].items()
+        for sparsity in (0.0, *config["sparsities"])
         for seed in config["seeds"]
-        for method, sparsity in [
-            ("dense", 0.0),
-            *((m, s) for s in config["sparsities"] for m in about["methods"]),
-        ]
+        for method in (about["methods"] if sparsity else ["dense"])
     ]
     if not given.table:
         fleet.run(partial(run_cell, config, given.data), cells, out, given.jobs)
