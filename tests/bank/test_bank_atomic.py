@@ -49,11 +49,17 @@ def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def use(system: Faulty, patch: pytest.MonkeyPatch) -> None:
+    """Let everything that writes a bank's files go through this operating system."""
+    for module in (files, weft.files):
+        patch.setattr(module, "os", system)
+
+
 def changes_of(work: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> int:
     """How many changes of the file system it takes."""
     with monkeypatch.context() as patch:
         counter = Faulty(0, kill)
-        patch.setattr(files, "os", counter)
+        use(counter, patch)
         work()
     return counter.count
 
@@ -93,7 +99,7 @@ def test_law8_a_save_killed_at_any_change_leaves_old_or_new(
         bank.prune()  # or the shared state of the second model is there already
 
         def work(at: int = at) -> None:
-            files.os = Faulty(at, kill)
+            use(Faulty(at, kill), pytest.MonkeyPatch())
             bank.save(models[2])
 
         assert in_child(work) == signal.SIGKILL
@@ -117,7 +123,7 @@ def test_law8_a_first_save_killed_at_any_change_can_be_repeated(
         bank = Bank(tmp_path / f"bank{at}")
 
         def work(at: int = at, bank: Bank = bank) -> None:
-            files.os = Faulty(at, kill)
+            use(Faulty(at, kill), pytest.MonkeyPatch())
             bank.save(model)
 
         assert in_child(work) == signal.SIGKILL
@@ -137,7 +143,7 @@ def test_law8_a_removal_killed_at_any_change_removes_or_keeps(
         bank.save(model)
 
         def work(at: int = at) -> None:
-            files.os = Faulty(at, kill)
+            use(Faulty(at, kill), pytest.MonkeyPatch())
             bank.remove("a")
 
         assert in_child(work) == signal.SIGKILL
@@ -156,7 +162,7 @@ def test_law8_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     for at in range(1, steps + 1):
         bank.save(models[1])
         with monkeypatch.context() as patch:
-            patch.setattr(files, "os", Faulty(at, full_disk))
+            use(Faulty(at, full_disk), patch)
             try:
                 bank.save(models[2], "a")
             except BankError as error:
@@ -177,7 +183,7 @@ def test_a_folder_that_cannot_be_written_to_is_named(
     def refuse() -> None:
         raise PermissionError(13, "Permission denied", str(bank.path))
 
-    monkeypatch.setattr(files, "os", Faulty(1, refuse))
+    use(Faulty(1, refuse), monkeypatch)
     with pytest.raises(BankError, match=r"Cannot save 'a': at .*bank, it is not permitted. Check"):
         bank.save(model)
     monkeypatch.undo()

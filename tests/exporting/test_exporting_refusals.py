@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import weft
-from weft.bank import files
+from weft import files
 from weft.errors import ConfigError, DataError, ExportError, MissingExtra, PlanError, TaskError
 from weft.exporting import FORMATS, export
 from weft.exporting.batches import joined

@@ -23,10 +23,11 @@ from weft.core.state import TaskState
 from weft.core.structure import SLOT
 from weft.core.task import Task
 from weft.errors import BankError
+from weft.files import write_file
 
 from . import tensors as files_of
 from .documents import parse, plain, render
-from .files import read_file, write_file
+from .files import read_file
 from .heads import decode_task, encode_task, fill_head, sized
 from .plans import decode_patches, encode_patches, encode_plan
 from .shared import SharedState

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from weft.core.task import check_task_name
 from weft.errors import BankError, TaskError, close_matches
+from weft.files import make_folder, put_file, write_file
 
 from . import files
 from .bundles import BUNDLE, read_entry
@@ -196,7 +197,7 @@ class Store:
         with files.reported(action, self.root):
             if self.root.exists() and not self.root.is_dir():
                 raise BankError(f"{self.root} is a file; a bank is a folder. Use another path.")
-            files.make_folder(self.root)
+            make_folder(self.root)
             strangers = sorted(set(os.listdir(self.root)) - _OURS)
             if strangers and not (self.root / BANK).exists():
                 raise BankError(
@@ -205,14 +206,14 @@ class Store:
                 )
             for folder in (TASKS, SHARED):
                 self._refuse_link(self.root / folder)
-                files.make_folder(self.root / folder)
+                make_folder(self.root / folder)
             with files.staging(self.root) as place:
                 yield place
 
     def staged_bundle(self, staged: Path) -> Path:
         """The folder in a staging folder in which to write a bundle before `publish`."""
         place = staged / "bundle"
-        files.make_folder(place)
+        make_folder(place)
         return place
 
     def publish(
@@ -242,8 +243,8 @@ class Store:
             if place.exists() and not place.is_dir():
                 raise BankError(f"{place} is in the way and no folder of a task. Move it away.")
             if shared is not None and not self._has(shared):
-                files.write_file(staged / "shared", shared.data)
-                files.put_file(staged / "shared", self.shared_path(shared.hash))
+                write_file(staged / "shared", shared.data)
+                put_file(staged / "shared", self.shared_path(shared.hash))
             files.put_folder(staged / "bundle", place)
 
     def _has(self, shared: SharedState) -> bool:
@@ -274,8 +275,8 @@ class Store:
             if marks == known:
                 return
             entry |= {"tensors": marks, "fingerprint": fingerprint(marks)}
-        files.write_file(staged / BANK, render("bank", {"base": entry}))
-        files.put_file(staged / BANK, self.root / BANK)
+        write_file(staged / BANK, render("bank", {"base": entry}))
+        put_file(staged / BANK, self.root / BANK)
 
     def remove(self, task: str) -> None:
         """Drop a task's bundle."""

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from weft.bank import files
+from weft import files
 from weft.errors import DataError, TrainingError
 
 

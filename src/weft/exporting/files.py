@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from weft.bank import files
+from weft import files
 from weft.errors import ExportError
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from weft.bank import files
+from weft import files
 from weft.errors import TrainingError
 
 
