@@ -1,6 +1,6 @@
 """The results of vision.py as Markdown tables.
 
-Run with: python bench/claims/table.py [RESULTS]
+Run with: python bench/claims/table.py [NAME]   (of vision, its default, or of rcm: NAME.yaml)
 """
 
 from __future__ import annotations
@@ -64,14 +64,14 @@ def _cell(rows: list[dict[str, Any]], what: str) -> str:
 
 def main() -> None:
     """Print the tables of test and validation accuracy, ownership and bytes."""
-    config = yaml.safe_load((HERE / "vision.yaml").read_text())
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "results" / "vision"
-    results = read(folder)
+    name = sys.argv[1] if len(sys.argv) > 1 else "vision"
+    config = yaml.safe_load((HERE / f"{name}.yaml").read_text())
+    results = read(HERE / "results" / name)
     cells, tasks = list(config["cells"]), list(config["tasks"])
     titles = {
         "test": "Test accuracy in %, last epoch",
         "val": "Validation accuracy in %, last epoch",
-        "own": "Owned parameters (of 396,128) and open gates (of 52)",
+        "own": "Owned parameters and open gates",
         "bytes": "Bytes on disk, without the head",
     }
     for what, title in titles.items():
