@@ -83,7 +83,8 @@ class TieToMean(Penalty):
     ) -> Tensor:
         total = next(iter(shared.values()), torch.zeros(())).new_zeros((), dtype=torch.float32)
         for tensors in own.values():
-            for key in self.keys:
+            # Gates that are final leave other tensors than those that were tied.
+            for key in (k for k in self.keys if k in tensors):
                 apart = tensors[key] - self._mean(key, tensors[key], shared)
                 if self.form == "squared":
                     total = total + 0.5 * self.weight * apart.square().sum()

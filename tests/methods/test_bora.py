@@ -233,6 +233,15 @@ def test_wrong_options_are_refused(options: dict[str, Any], said: str) -> None:
         weft.bora(net(), **options)
 
 
+def test_gated_tensors_are_tied_until_their_gates_are_final() -> None:
+    base = net()
+    plan = weft.tie_to_mean(weft.taps(base, penalty=0.001), base, 1.0)
+    model = trained(plan, base)
+    assert model.ledger("a").open_gates == 2
+    assert model.penalty("a") == 0
+    weft.fit(model, {"a": rows(0), "b": rows(1)}, epochs=1, progress=False)
+
+
 def test_plans_that_share_trained_tensors_are_not_tied() -> None:
     base = net()
     with pytest.raises(PlanError, match="'hard_sharing' share trained tensors"):

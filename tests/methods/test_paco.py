@@ -142,6 +142,7 @@ def test_normalisation_is_private_or_shared_and_never_mixed() -> None:
         ({"reset": "zero"}, "'interpolate' or 'copy', found 'zero'"),
         ({"noise": -1.0}, "noise"),
         ({"limit": 0.0}, "limit"),
+        ({"limit": 1.0, "fixed_coefficients": True}, "Give one of the two"),
     ],
 )
 def test_wrong_options_are_refused(options: dict[str, Any], complaint: str) -> None:

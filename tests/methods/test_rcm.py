@@ -192,3 +192,110 @@ def test_wrong_options_are_refused(
 ) -> None:
     with pytest.raises(error, match=said):
         weft.rcm(net(), **options)
+
+
+# --------------------------------------------------------------- who reads a layer's responses
+
+
+class Wired(nn.Module):
+    """Two convolutions and two normalisations, wired in one of several ways."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.way = way
+        self.c, self.d = nn.Conv2d(3, 6, 3, bias=False), nn.Conv2d(3, 6, 3, bias=False)
+        self.n, self.m = nn.BatchNorm2d(6), nn.BatchNorm2d(6)
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.c(x)
+        match self.way:
+            case "plain":
+                return self.n(y)
+            case "a relu in between, in place":
+                return self.n(self.act(y))
+            case "one normalisation for two layers":
+                return self.n(y) + self.n(self.d(x))
+            case "one normalisation for a layer and for something else":
+                return self.n(y) + self.n(self.d(x) + 1)
+            case "one layer for two normalisations":
+                return self.n(y) + self.m(self.c(2 * x))
+            case "also read by a skip":
+                return self.n(y) + y
+            case "also read by an operation in place":
+                return self.n(y) + y.relu_()
+            case _:
+                return torch.cat([self.n(y), y])
+
+
+class Standardised(nn.Conv2d):
+    """A convolution that standardises its weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weight
+        w = (w - w.mean((1, 2, 3), keepdim=True)) / w.std((1, 2, 3), keepdim=True)
+        return F.conv2d(x, w)
+
+
+WAYS = (
+    "a relu in between, in place",
+    "one normalisation for two layers",
+    "one normalisation for a layer and for something else",
+    "one layer for two normalisations",
+    "also read by a skip",
+    "also read by an operation in place",
+    "returned as well",
+)
+
+
+@pytest.mark.parametrize("way", ["plain", *WAYS])
+def test_b_goes_only_where_it_keeps_the_mean_of_what_the_network_answers(way: str) -> None:
+    """Where no normalisation alone reads a layer, the task owns the layer, and it is the base's."""
+    base, x = Wired(way).double(), images(1)
+    base(x)
+    base.eval()
+    model = model_of(base, responses=[x], rank=0.34)
+    with torch.no_grad():
+        expected, found = base(x), model.view("t")(x)
+    torch.testing.assert_close(found.mean((0, 2, 3)), expected.mean((0, 2, 3)), rtol=0, atol=1e-6)
+    assert (basis_key("c.weight") in model.shared) == (way == "plain")
+    assert torch.allclose(found, expected) == (way != "plain")
+
+
+def test_layers_that_change_their_weights_are_owned_whole() -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(Standardised(3, 6, 3, bias=False), nn.BatchNorm2d(6)).double().eval()
+    plan = weft.rcm(base, responses=[images(1)], rank=0.5)
+    assert not plan.created
+    assert type(plan.patches["0.weight"]).__name__ == "Replace"
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.layer(torch.cat([x, y], 1))
+
+
+def test_inputs_of_several_tensors_are_spread_out() -> None:
+    base, x, y = TwoInputs(), torch.randn(20, 3), torch.randn(20, 3)
+    pairs = weft.rcm(base, rank=0.4, responses=[((x, y), torch.zeros(20))])
+    named = weft.rcm(base, rank=0.4, responses=[{"x": x, "y": y}])
+    key = basis_key("layer.weight")
+    assert torch.equal(pairs.created[key].value, named.created[key].value)
+
+
+@pytest.mark.parametrize(
+    ("batches", "said"),
+    [
+        (images(1), r"found one tensor. Give it as responses=\[x\]"),
+        ([images(1) * float("nan")], "layer '0' answers with values that are no finite numbers"),
+        ([images(1, rows=0)], "layer '0' answers with no rows"),
+    ],
+)
+def test_responses_that_say_nothing_are_refused(batches: Any, said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        weft.rcm(net(), responses=batches, rank=0.5)

@@ -97,6 +97,8 @@ def tie_to_mean(
 ) -> Sharing:
     """A plan whose tasks are charged for the distance of what they own to a learned mean.
 
+    Gated tensors (TAPS) are tied until their gates are final.
+
     Args:
         plan: any whose tasks only own tensors.
         base: that it is for.

@@ -66,7 +66,7 @@ def paco(
             one for all. They are never mixed: running statistics are no sums of others.
         limit: a task whose loss in a step is over it, or not a number, does not count in that step,
             and its numbers are drawn anew from those of the others; None for no limit. The paper's
-            is 3000, for its losses.
+            is 3000, for its losses. Not together with fixed coefficients.
         reset: "interpolate" draws a random convex combination of the other tasks' numbers, "copy"
             takes those of one of them.
         seed: of noise and of resets.
@@ -89,6 +89,11 @@ def paco(
     check_price("paco", "noise", noise)
     if limit is not None and not limit > 0.0:
         raise PlanError(f"paco(limit=...) is a number > 0 or None, found {limit}.")
+    if fixed_coefficients and limit is not None:
+        raise PlanError(
+            "paco(fixed_coefficients=True) keeps the numbers of tasks, and limit=... draws them "
+            "anew when a task diverges. Give one of the two."
+        )
     found = sites(base)
     # No sets: tensors must have one order in all processes that train together.
     normal = [n for s in found if s.kind is Kind.NORM for n in s.parameters + s.statistics]

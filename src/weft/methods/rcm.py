@@ -7,28 +7,22 @@ https://arxiv.org/abs/2007.12540.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from functools import singledispatch
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from weft.core.channels import output_channels
 from weft.core.patch import Patch, Replace
 from weft.core.sharing import Created, Group, Sharing
-from weft.core.sites import Kind, Site, sites
-from weft.errors import DataError, PlanError
+from weft.core.sites import Site, sites
+from weft.errors import PlanError
 from weft.patches.modulated import Modulated, bank_key, basis_key, offset
 
 from .model_patches import norm_patches
-
-LAYERS = (Kind.LAYER, Kind.DEPTHWISE)
+from .responses import LAYERS, Seen, layer_responses, outputs_first
 
 
 def rcm(
@@ -79,7 +73,7 @@ def rcm(
     found = sites(base)
     used = Counter(name for site in found for name in site.parameters)
     shapes = {name: p.shape for name, p in base.named_parameters()}
-    seen = None if responses is None else _responses(base, responses)
+    seen = None if responses is None else layer_responses(base, responses)
     patches: dict[str, Patch] = {}
     created: dict[str, Created] = {}
     refused: dict[str, str] = {}
@@ -89,7 +83,7 @@ def rcm(
             continue
         patches |= dict.fromkeys(site.parameters, Replace(anchor=True))
         weight, layer = f"{site.name}.weight".lstrip("."), base.get_submodule(site.name)
-        if weight not in site.parameters or not _outputs_first(layer):
+        if weight not in site.parameters or not outputs_first(layer):
             continue
         kept = max(1, math.ceil(rank * shapes[weight][0]))
         if shapes[weight][0] * kept >= shapes[weight].numel():
@@ -118,93 +112,8 @@ def rcm(
     )
 
 
-@singledispatch
-def _outputs_first(layer: Any) -> bool:  # noqa: ARG001
-    """Whether rows of the layer's weight are its outputs, which all read the same inputs."""
-    return False
-
-
-@_outputs_first.register
-def _(layer: nn.Linear) -> bool:  # noqa: ARG001
-    return True
-
-
-@_outputs_first.register
-def _(layer: _ConvNd) -> bool:
-    return layer.groups == 1
-
-
-@_outputs_first.register
-def _(layer: _ConvTransposeNd) -> bool:  # noqa: ARG001
-    return False
-
-
-# ------------------------------------------------------------------ responses
-
-
-@dataclass
-class _Seen:
-    """The responses of one layer, as sums over rows and places.
-
-    Args:
-        count: how many.
-        total: their sum, (out,).
-        products: of their outer products, (out, out).
-        norm: name of the normalisation that reads them, if one does.
-    """
-
-    count: int
-    total: Tensor
-    products: Tensor
-    norm: str | None = None
-
-
-@torch.no_grad()
-def _responses(base: nn.Module, batches: Iterable[Any]) -> dict[str, _Seen]:
-    """Run a copy of the base in eval mode and sum up what its layers answer."""
-    network = copy.deepcopy(base).eval()
-    seen: dict[str, _Seen] = {}
-    answers: dict[int, tuple[str, Tensor]] = {}  # tensors are kept, so that no id is used twice
-
-    def note(name: str, output: Any, axis: int) -> None:
-        if not isinstance(output, Tensor):
-            return
-        flat = output.movedim(axis, -1).flatten(0, -2).double()
-        before = seen.setdefault(name, _Seen(0, flat.new_zeros(()), flat.new_zeros(())))
-        before.count += len(flat)
-        before.total = before.total + flat.sum(0)
-        before.products = before.products + flat.T @ flat
-        answers[id(output)] = name, output
-
-    def follow(name: str, inputs: tuple[Any, ...]) -> None:
-        if inputs and id(inputs[0]) in answers:
-            seen[answers[id(inputs[0])][0]].norm = name
-
-    hooks = []
-    for site in sites(network):
-        module = network.get_submodule(site.name)
-        channels = output_channels(module)
-        if site.statistics:
-            hooks.append(
-                module.register_forward_pre_hook(lambda _, x, name=site.name: follow(name, x))
-            )
-        elif site.kind in LAYERS and channels is not None and _outputs_first(module):
-            hooks.append(
-                module.register_forward_hook(
-                    lambda _, __, y, name=site.name, at=channels.axis: note(name, y, at)
-                )
-            )
-    for batch in batches:
-        x = batch[0] if isinstance(batch, (tuple, list)) else batch
-        answers.clear()
-        network(**x) if isinstance(x, Mapping) else network(x)
-    if not seen:
-        raise DataError("rcm(responses=...) gave no batch. Give at least one batch of inputs.")
-    return seen
-
-
 def _components(
-    layer: nn.Module, seen: _Seen, kept: int
+    layer: nn.Module, seen: Seen, kept: int
 ) -> tuple[tuple[Created, Created], Tensor | None]:
     """Basis and bank of a layer, and b where components were left out."""
     mean = seen.total / seen.count
@@ -225,7 +134,7 @@ def _components(
     return parts, put_back
 
 
-def _put_back(site: Site, seen: _Seen, put_back: Tensor | None) -> dict[str, Patch]:
+def _put_back(site: Site, seen: Seen, put_back: Tensor | None) -> dict[str, Patch]:
     """Where b goes: into the bias, else off the mean that normalisation subtracts."""
     if put_back is None:
         return {}

@@ -1,0 +1,187 @@
+"""What the layers of a base answer on inputs, and which normalisation alone reads an answer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import singledispatch
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from weft.core.channels import is_plain, output_channels
+from weft.core.rows import call_arguments
+from weft.core.sites import Kind, sites
+from weft.errors import DataError
+
+LAYERS = (Kind.LAYER, Kind.DEPTHWISE)
+
+
+@dataclass
+class Seen:
+    """The responses of one layer, as sums over rows and places.
+
+    Args:
+        count: how many.
+        total: their sum, (out,).
+        products: of their outer products, (out, out).
+        norm: name of the normalisation with statistics that is the only one to read them, and reads
+            nothing else; None if there is none.
+    """
+
+    count: int
+    total: Tensor
+    products: Tensor
+    norm: str | None = None
+
+
+@singledispatch
+def outputs_first(layer: Any) -> bool:  # noqa: ARG001
+    """Whether rows of the layer's weight are its outputs, which all read the same inputs."""
+    return False
+
+
+@outputs_first.register
+def _(layer: nn.Linear) -> bool:  # noqa: ARG001
+    return True
+
+
+@outputs_first.register
+def _(layer: _ConvNd) -> bool:
+    return layer.groups == 1
+
+
+@outputs_first.register
+def _(layer: _ConvTransposeNd) -> bool:  # noqa: ARG001
+    return False
+
+
+@torch.no_grad()
+def layer_responses(base: nn.Module, batches: Iterable[Any]) -> dict[str, Seen]:
+    """Run a copy of the base in eval mode and sum up the answers of its layers.
+
+    Args:
+        base: any network.
+        batches: inputs, or pairs of inputs and targets; a tuple or dict of inputs is spread out.
+
+    Returns:
+        By layer, its sums. Left out are grouped convolutions and layers of other libraries, whose
+        answers need not be linear in their weights.
+
+    Raises:
+        DataError: no batch, or answers that are no numbers.
+    """
+    if isinstance(batches, Tensor):
+        raise DataError(
+            "rcm(responses=...) is batches of inputs, found one tensor. Give it as responses=[x]."
+        )
+    network = copy.deepcopy(base).eval()
+    watch = _Watch()
+    for site in sites(network):
+        module = network.get_submodule(site.name)
+        channels = output_channels(module)
+        if site.statistics:
+            watch.normalisation(site.name, module)
+        elif site.kind in LAYERS and channels and outputs_first(module) and is_plain(module):
+            watch.layer(site.name, module, channels.axis)
+    given = 0
+    for batch in batches:
+        given += 1
+        x = batch[0] if isinstance(batch, (tuple, list)) else batch
+        args, kwargs = call_arguments((x,), {})
+        with watch:
+            outputs = network(*args, **kwargs)
+        watch.end(outputs)
+    if not given:
+        raise DataError("rcm(responses=...) gave no batch. Give at least one batch of inputs.")
+    for name, seen in watch.seen.items():
+        if not seen.count or not bool(torch.isfinite(seen.products).all()):
+            what = "no rows" if not seen.count else "values that are no finite numbers"
+            raise DataError(
+                f"rcm(responses=...): the layer '{name}' answers with {what}. Check the inputs."
+            )
+        seen.norm = watch.only_reader(name)
+    return watch.seen
+
+
+@final
+class _Watch(TorchFunctionMode):
+    """In this context the answers of layers are summed up, and who reads them is noted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[str, Seen] = {}
+        self._answers: dict[int, tuple[str, Tensor]] = {}  # tensors are kept: no id is used twice
+        self._read_by: dict[str, set[str]] = {}
+        self._reads: dict[str, set[str | None]] = {}
+        self._read_elsewhere: set[str] = set()
+        self._inside = False
+        """Whether a hook, or a normalisation that is known to read its input, is at work."""
+
+    def layer(self, name: str, module: nn.Module, axis: int) -> None:
+        """Sum up what a layer answers, with its channels along an axis."""
+
+        def note(_: nn.Module, __: Any, output: Tensor) -> None:
+            self._inside = True
+            flat = output.movedim(axis, -1).flatten(0, -2).double()
+            seen = self.seen.setdefault(name, Seen(0, flat.new_zeros(()), flat.new_zeros(())))
+            seen.count += len(flat)
+            seen.total = seen.total + flat.sum(0)
+            seen.products = seen.products + flat.T @ flat
+            self._answers[id(output)] = name, output
+            self._inside = False
+
+        module.register_forward_hook(note)
+
+    def normalisation(self, name: str, module: nn.Module) -> None:
+        """Note which layer a normalisation reads."""
+
+        def begin(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            layer = self._answers[id(inputs[0])][0] if id(inputs[0]) in self._answers else None
+            self._reads.setdefault(name, set()).add(layer)
+            if layer is not None:
+                self._read_by.setdefault(layer, set()).add(name)
+            self._inside = True
+
+        def end(_: nn.Module, __: Any, ___: Any) -> None:
+            self._inside = False
+
+        module.register_forward_pre_hook(begin)
+        module.register_forward_hook(end)
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        given = dict(kwargs or {})
+        result = func(*args, **given)
+        # Asking for a shape or a type reads nothing.
+        if not self._inside and any(isinstance(r, Tensor) for r in pytree.tree_leaves(result)):
+            self._note_readers((args, given))
+        return result
+
+    def end(self, outputs: Any) -> None:
+        """A forward is over; what the network returns is read by its caller."""
+        self._note_readers(outputs)
+        self._answers.clear()
+
+    def _note_readers(self, values: Any) -> None:
+        for leaf in pytree.tree_leaves(values):
+            if id(leaf) in self._answers:
+                self._read_elsewhere.add(self._answers[id(leaf)][0])
+
+    def only_reader(self, layer: str) -> str | None:
+        """The normalisation that alone reads a layer, and reads it alone."""
+        readers = self._read_by.get(layer, set())
+        if len(readers) != 1 or layer in self._read_elsewhere:
+            return None
+        (norm,) = readers
+        return norm if self._reads[norm] == {layer} else None
