@@ -61,7 +61,7 @@ class TieToMean(Penalty):
     Args:
         weight: the price.
         keys: of the own tensors.
-        mean: what the key of a mean begins with.
+        mean: what the key of a mean begins with; None if all means are zero.
         form: which of the two.
         learned: whether the mean learns from these tasks as well.
 
@@ -71,7 +71,7 @@ class TieToMean(Penalty):
 
     weight: float
     keys: tuple[str, ...]
-    mean: str
+    mean: str | None
     form: Literal["squared", "norm"] = "squared"
     learned: bool = True
 
@@ -96,6 +96,8 @@ class TieToMean(Penalty):
         return total
 
     def _mean(self, key: str, own: Tensor, shared: Mapping[str, Tensor]) -> Tensor:
+        if self.mean is None:
+            return torch.zeros_like(own)
         mean = shared.get(self.mean + key)
         if mean is None or mean.shape != own.shape:
             found = "has none" if mean is None else f"has one of shape {tuple(mean.shape)}"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import weft
+from weft.core.structure import SLOT
 from weft.errors import PlanError
 from weft.methods.bora import MEAN
 from weft.penalties import TieToMean
@@ -217,6 +218,103 @@ def test_a_mean_that_is_not_there_is_refused(plan: str, found: str) -> None:
         weft.fit(model, {"new": rows(0)}, epochs=1, progress=False)
 
 
+# -------------------------------------------------- the mean as a branch beside those of the tasks
+
+
+class Mixed(nn.Module):
+    """A convolution, attention (whose weights are patched) and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv1d(1, 8, 2)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.last = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x[:, None]).transpose(1, 2)
+        y = y + self.attention(y, y, y, need_weights=False)[0]
+        return self.last(y.mean(1))
+
+
+def joined(base: nn.Module, **options: Any) -> weft.MultiTaskModel:
+    torch.manual_seed(0)
+    plan = weft.bora(base, joined=True, r=2, **options)
+    model = trained(plan, base, epochs=20)
+    return model.eval()
+
+
+def test_joined_branches_are_added_to_the_weights_and_fold_into_them() -> None:
+    """W + s B A + s B' A' with the shared factors A' and B', for every kind of site."""
+    torch.manual_seed(0)
+    base = Mixed().eval()
+    model = joined(base, tau=0.1)
+    own, shared = model.tasks["a"].own, model.shared
+    assert all(float(t.detach().abs().sum()) > 0 for t in own.values())
+    folded, scale = model.fold("a"), 16 / 2
+    keys = [key for key in shared if key.endswith("common_A")]
+    assert len(keys) == len(own) // 2 == 4
+    for key in keys:
+        site = key.removesuffix("common_A")
+        a, b = own[site + "A"], own[site + "B"]
+        product = b.flatten(1) @ a.flatten(1)
+        product = product + shared[site + "common_B"].flatten(1) @ shared[key].flatten(1)
+        name = site.removesuffix(SLOT)
+        name = name if name in dict(base.named_parameters()) else f"{name}.weight"
+        weight = base.get_parameter(name)
+        expected = weight + scale * product.view_as(weight)
+        torch.testing.assert_close(folded.get_parameter(name), expected)
+    x = torch.randn(6, 5)
+    torch.testing.assert_close(folded(x), model.view("a")(x))
+    rows_of = ["a", "b", "a", "a", "b", "b"]
+    mixed = model(x, task=rows_of)
+    for i, name in enumerate(rows_of):
+        torch.testing.assert_close(mixed[i : i + 1], model(x[i : i + 1], task=name))
+    for name, y in model.predict_all(x).items():
+        torch.testing.assert_close(y, model(x, task=name))
+
+
+def test_joined_branches_come_back_from_a_bank_bit_for_bit(tmp_path: Path) -> None:
+    base = Mixed().eval()
+    model = joined(base, tau=0.1)
+    bank = weft.Bank(tmp_path / "bank")
+    bank.save(model)
+    loaded, x = bank.load(base).eval(), torch.randn(4, 5)
+    for name in "ab":
+        assert torch.equal(loaded(x, task=name), model(x, task=name))
+    assert loaded.sharing.trains_shared
+
+
+@pytest.mark.parametrize("form", ["squared", "norm"])
+def test_joined_tasks_are_charged_for_their_own_branches_alone(form: Any) -> None:
+    base = net()
+    model = joined(base, tau=3.0, form=form, rows=2.0)
+    sizes = [float(t.detach().square().sum()) for t in model.tasks["a"].own.values()]
+    # tau / rows is 1.5: half of it for each square, all of it for each norm.
+    expected = sum(0.75 * s if form == "squared" else 1.5 * s**0.5 for s in sizes)
+    assert float(model.penalty("a").detach()) == pytest.approx(expected)
+
+
+def test_joined_tasks_under_a_large_tau_share_one_branch() -> None:
+    base, x = net(), torch.randn(5, 5)
+    plan = weft.bora(base, joined=True, tau=1e3, r=2)
+    model = trained(plan, base, epochs=300, lr=0.01).eval()
+    a, b = (model.view(name)(x) for name in "ab")
+    torch.testing.assert_close(a, b, atol=1e-3, rtol=0)
+    assert float((a - base(x)).detach().abs().max()) > 0.1
+
+
+def test_joined_tasks_train_together_or_on_demand() -> None:
+    base = net()
+    model = joined(base, tau=1.0)
+    with pytest.raises(PlanError, match="subset=True"):
+        weft.fit(model, {"a": rows(0)}, epochs=1, progress=False)
+    with pytest.raises(PlanError, match="has no mean to give"):
+        weft.bora(base, joined=True, mean="given")
+    alone = weft.bora(base, joined=True, tau=0, r=2)
+    assert not alone.trains_shared
+    assert not alone.penalties
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -237,7 +335,7 @@ def test_gated_tensors_are_tied_until_their_gates_are_final() -> None:
     base = net()
     plan = weft.tie_to_mean(weft.taps(base, penalty=0.001), base, 1.0)
     model = trained(plan, base)
-    assert model.ledger("a").open_gates == 2
+    assert model.ledger("a").open_gates == (2, 2)
     assert model.penalty("a") == 0
     weft.fit(model, {"a": rows(0), "b": rows(1)}, epochs=1, progress=False)
 

@@ -35,6 +35,7 @@ class LowRank(Insertion):
         dropout: probability with which an input of the branch is dropped in training, in [0, 1).
         rslora: whether it counts alpha / sqrt(r) instead.
         start: how A starts.
+        common: whether a second such branch, of tensors that train for all tasks, runs beside it.
     """
 
     r: int = 8
@@ -42,6 +43,11 @@ class LowRank(Insertion):
     dropout: float = 0.0
     rslora: bool = False
     start: Start = "kaiming"
+    common: bool = False
+
+    @property
+    def trains_shared(self) -> bool:
+        return self.common
 
     @property
     def scale(self) -> float:
@@ -59,7 +65,7 @@ class LowRank(Insertion):
                 "LowRank stands at linear layers, convolutions and embeddings of torch.nn whose "
                 f"weight is a floating point parameter; found {type(site).__name__}."
             )
-        return _adapter(site, Branch(self.r, self.scale, self.dropout, self.start))
+        return _adapter(site, Branch(self.r, self.scale, self.dropout, self.start, self.common))
 
 
 def takes(site: nn.Module) -> bool:

@@ -29,12 +29,14 @@ class Branch:
         scale: factor on the branch.
         dropout: probability with which an input of the branch is dropped in training.
         start: how A starts.
+        common: whether a second branch, of tensors that all tasks share, runs beside it.
     """
 
     r: int
     scale: float
     dropout: float
     start: Start
+    common: bool = False
 
     def reducing(self, shape: tuple[int, ...], inputs: int, like: Tensor) -> Tensor:
         """A at its random start.
@@ -51,8 +53,12 @@ class Branch:
         return a.to(like.device, like.dtype)
 
 
+COMMON = ("common_A", "common_B")
+"""Names of the factors of the branch that all tasks share."""
+
+
 class LowRankAdapter(RowwiseAdapter, ABC):
-    """Adds a low-rank branch to what its site gives.
+    """Adds a low-rank branch of the task to what its site gives, and one of all tasks on demand.
 
     Args:
         a: the start of A, which reduces the input to the rank.
@@ -64,18 +70,26 @@ class LowRankAdapter(RowwiseAdapter, ABC):
         super().__init__()
         self.A = nn.Parameter(a)
         self.B = nn.Parameter(b)
+        self.common = branch.common
+        if branch.common:
+            self.common_A, self.common_B = nn.Parameter(a.clone()), nn.Parameter(b.clone())
         self.scale = branch.scale
         self.dropout = branch.dropout
 
     def shared_names(self) -> frozenset[str]:
-        """None: the task owns both factors."""
-        return frozenset()
+        """The factors of the branch of all tasks; the task owns the others."""
+        return frozenset(COMMON if self.common else ())
 
     def forward(self, call: Call, site: str, inner: Callable[..., Any], *args: Any) -> Any:  # noqa: ARG002
         """The site's output, and the branch on the site's first input added to it."""
         x = self._input(site, args)
-        y: Tensor = inner(*args)
+        y = self._with_common(inner(*args), x)
         return self.added(y, x, self.A.to(y.dtype), self.B.to(y.dtype))
+
+    def _with_common(self, y: Tensor, x: Tensor) -> Tensor:
+        if not self.common:
+            return y
+        return self.added(y, x, self.common_A.to(y.dtype), self.common_B.to(y.dtype))
 
     def forward_rows(
         self,
@@ -87,7 +101,7 @@ class LowRankAdapter(RowwiseAdapter, ABC):
     ) -> Any:
         """The same with factors (rows, *shape), for each row those of its task."""
         x = self._input(site, args)
-        y: Tensor = inner(*args)
+        y = self._with_common(inner(*args), x)
 
         def each(name: str, shared: Tensor | None) -> Tensor:
             if shared is not None:
@@ -134,6 +148,8 @@ class LowRankAdapter(RowwiseAdapter, ABC):
         with torch.no_grad():
             weight = layer.weight
             exact = torch.promote_types(weight.dtype, torch.float32)
-            added = self.product(self.A.detach().to(exact), self.B.detach().to(exact))
+            added = self.product(self.A.to(exact), self.B.to(exact))
+            if self.common:
+                added = added + self.product(self.common_A.to(exact), self.common_B.to(exact))
             layer.weight = nn.Parameter((weight.to(exact) + self.scale * added).to(weight.dtype))
         return layer  # type: ignore[no-any-return]

@@ -111,6 +111,11 @@ class Insertion(ABC):
     Implementations are frozen dataclasses of plain values.
     """
 
+    @property
+    def trains_shared(self) -> bool:
+        """Whether its adapters hold tensors that train for all tasks together."""
+        return False
+
     @abstractmethod
     def build(self, site: nn.Module) -> Adapter:
         """A new adapter for the site, with initial values; called anew for every task."""

@@ -324,9 +324,13 @@ class Sharing:
     @property
     def trains_shared(self) -> bool:
         """Whether training a task under this plan changes tensors that other tasks use."""
-        return bool(self.train_shared) or any(c.trains for c in self.created.values())
+        return (
+            bool(self.train_shared)
+            or any(c.trains for c in self.created.values())
+            or any(insertion.trains_shared for insertion in self.adapters.values())
+        )
 
     @property
     def only_owns(self) -> bool:
         """Whether tasks under this plan own tensors and change nothing that is shared."""
-        return not self.train_shared and not self.created
+        return not self.created and not self.trains_shared

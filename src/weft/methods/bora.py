@@ -14,13 +14,21 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from weft.adapters.low_rank import LowRank
 from weft.core.checks import adapter_tensors
 from weft.core.sharing import Created, Sharing
 from weft.core.sites import named_tensors
 from weft.errors import PlanError
+from weft.patches.low_rank import LowRankSum, common_keys
 from weft.penalties import TieToMean
 
 from .lora import lora
+
+Form = Literal["squared", "norm"]
+"""Which charge."""
+
+Mean = Literal["trained", "given"]
+"""Whose mean."""
 
 MEAN = "mean:"
 """What the key of a mean begins with; the key of the own tensors follows."""
@@ -35,9 +43,10 @@ def bora(
     dropout: float = 0.0,
     target: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
-    form: Literal["squared", "norm"] = "squared",
+    form: Form = "squared",
     rows: float = 1.0,
-    mean: Literal["trained", "given"] = "trained",
+    mean: Mean = "trained",
+    joined: bool = False,
 ) -> Sharing:
     """LoRA for each task, with the prior theta_t ~ N(Theta, I / tau) on its factors.
 
@@ -67,6 +76,8 @@ def bora(
         rows: what the charge is divided by, > 0.
         mean: "trained", or "given" for a task that is added to a model with such a plan: the
             model's mean stays as it is.
+        joined: whether the mean runs as a branch of its own, shared by all, beside each task's,
+            and tasks are charged for theirs alone: ``tau / 2 sum_t |theta_t|^2``.
 
     Returns:
         The plan. With tau > 0 the tasks' mean trains with all of them, unless it is given.
@@ -74,15 +85,18 @@ def bora(
     Raises:
         PlanError: a wrong option, or nothing to adapt.
 
-    Source: section 3; "norm" is what the authors' code charges.
+    Source: section 3; the authors' code charges by "norm", joined in its default mode.
 
     Differs from the paper in that tasks start at random factors of their own, as in `lora`, not at
     a common start; and see `lora` for which layers.
     """
     plan = lora(base, r=r, alpha=alpha, dropout=dropout, target=target, exclude=exclude)
     options = {key: plan.options[key] for key in ("r", "alpha", "dropout", "target", "exclude")}
-    stated = {"tau": tau, **options, "form": form, "rows": rows, "mean": mean}
-    tied = tie_to_mean(plan, base, tau, form=form, rows=rows, mean=mean)
+    stated = {"tau": tau, **options, "form": form, "rows": rows, "mean": mean, "joined": joined}
+    if joined:
+        tied = _joined(plan, base, tau, form, rows, mean)
+    else:
+        tied = tie_to_mean(plan, base, tau, form=form, rows=rows, mean=mean)
     return replace(tied, method="bora", options=stated)
 
 
@@ -91,9 +105,9 @@ def tie_to_mean(
     base: nn.Module,
     tau: float,
     *,
-    form: Literal["squared", "norm"] = "squared",
+    form: Form = "squared",
     rows: float = 1.0,
-    mean: Literal["trained", "given"] = "trained",
+    mean: Mean = "trained",
 ) -> Sharing:
     """A plan whose tasks are charged for the distance of what they own to a learned mean.
 
@@ -114,14 +128,7 @@ def tie_to_mean(
     Raises:
         PlanError: a number out of range, or a plan whose tasks share trained tensors already.
     """
-    if not 0.0 <= tau < math.inf:
-        raise PlanError(f"tau is a precision of at least 0, found {tau!r}.")
-    if not 0.0 < rows < math.inf:
-        raise PlanError(f"rows is a number over 0, found {rows!r}.")
-    if form not in ("squared", "norm"):
-        raise PlanError(f"form is 'squared' or 'norm', found {form!r}.")
-    if mean not in ("trained", "given"):
-        raise PlanError(f"mean is 'trained' or 'given', found {mean!r}.")
+    _check(tau, form, rows, mean)
     if tau == 0.0:
         return plan
     if not plan.only_owns:
@@ -133,6 +140,46 @@ def tie_to_mean(
     means = {MEAN + key: Created(t.detach().clone()) for key, t in start.items()} if trained else {}
     charge = TieToMean(tau / rows, tuple(start), MEAN, form, trained)
     return replace(plan, created=means, penalties=(*plan.penalties, charge))
+
+
+def _joined(
+    plan: Sharing, base: nn.Module, tau: float, form: Form, rows: float, mean: Mean
+) -> Sharing:
+    """The plan with a common branch beside each of the task's, which alone is charged for."""
+    _check(tau, form, rows, mean)
+    if mean == "given":
+        raise PlanError("bora(joined=True) has no mean to give: its common branch is the model's.")
+    if tau == 0.0:
+        return plan
+    start = _fresh(plan, base)
+    adapters = {
+        site: replace(branch, common=True)
+        for site, branch in plan.adapters.items()
+        if isinstance(branch, LowRank)
+    }
+    patches = {
+        name: replace(patch, common=True)
+        for name, patch in plan.patches.items()
+        if isinstance(patch, LowRankSum)
+    }
+    created = {
+        common: Created(start[own].detach())
+        for name, patch in patches.items()
+        for common, own in zip(common_keys(name), patch.keys(name), strict=True)
+    }
+    charge = TieToMean(tau / rows, tuple(start), None, form)
+    return replace(plan, adapters=adapters, patches=patches, created=created, penalties=(charge,))
+
+
+def _check(tau: float, form: str, rows: float, mean: str) -> None:
+    if not 0.0 <= tau < math.inf:
+        raise PlanError(f"tau is a precision of at least 0, found {tau!r}.")
+    if not 0.0 < rows < math.inf:
+        raise PlanError(f"rows is a number over 0, found {rows!r}.")
+    if form not in ("squared", "norm"):
+        raise PlanError(f"form is 'squared' or 'norm', found {form!r}.")
+    if mean not in ("trained", "given"):
+        raise PlanError(f"mean is 'trained' or 'given', found {mean!r}.")
 
 
 def _fresh(plan: Sharing, base: nn.Module) -> dict[str, Tensor]:

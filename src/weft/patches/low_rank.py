@@ -13,6 +13,11 @@ from torch import Tensor, nn
 from weft.core.patch import Patch
 
 
+def common_keys(name: str) -> tuple[str, str]:
+    """The keys of the factors that all tasks share for the base tensor ``name``."""
+    return (f"{name}:common_A", f"{name}:common_B")
+
+
 @final
 @dataclass(frozen=True)
 class LowRankSum(Patch):
@@ -24,11 +29,13 @@ class LowRankSum(Patch):
         r: the rank, 1 or more.
         scale: factor on the product.
         start: how A starts: uniform within 1/sqrt(columns), or normal with a deviation of 1/r.
+        common: whether a product of shared tensors, under `common_keys`, is added as well.
     """
 
     r: int
     scale: float
     start: Literal["kaiming", "gaussian"] = "kaiming"
+    common: bool = False
 
     def keys(self, name: str) -> tuple[str, ...]:
         return (f"{name}:A", f"{name}:B")
@@ -43,8 +50,11 @@ class LowRankSum(Patch):
         return {down: nn.Parameter(a), up: nn.Parameter(base.new_zeros(rows, self.r))}
 
     def compose(self, name: str, base: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        a, b = (tensors[key].to(base.dtype) for key in self.keys(name))
-        return torch.addmm(base.flatten(1), b, a, alpha=self.scale).view(base.shape)
+        weight = base.flatten(1)
+        for keys in (self.keys(name), *([common_keys(name)] if self.common else [])):
+            a, b = (tensors[key].to(base.dtype) for key in keys)
+            weight = torch.addmm(weight, b, a, alpha=self.scale)
+        return weight.view(base.shape)
 
     def harden(
         self,
