@@ -352,3 +352,57 @@ def test_any_altered_tensor_file_is_refused_even_without_its_hash(
         except BankError:
             continue
         assert all(torch.is_tensor(t) for t in tensors.values())
+
+
+HEADER: dict[str, Any] = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        None,
+        3,
+        "x",
+        [],
+        [1],
+        {"a": None},
+        {"a": [0, 8]},
+        {"a": {**HEADER["a"], "dtype": []}},
+        {"a": {**HEADER["a"], "shape": "x"}},
+        {"a": {**HEADER["a"], "shape": {"x": 1}}},
+        {"a": {**HEADER["a"], "shape": [[2]]}},
+        {"a": {**HEADER["a"], "shape": [2.0]}},
+        {"a": {**HEADER["a"], "data_offsets": "xy"}},
+        {**HEADER, "__metadata__": 3},
+        {**HEADER, "__metadata__": "x"},
+        {**HEADER, "__metadata__": ["x"]},
+        {**HEADER, "__metadata__": {"weft": 3}},
+        {**HEADER, "__metadata__": {"weft": "["}},
+        {**HEADER, "__metadata__": {"weft": "[" * 100_000}},
+        *(
+            {**HEADER, "__metadata__": {"weft": json.dumps(forms)}}
+            for forms in (
+                [],
+                3,
+                "x",
+                {"w": 3},
+                {"w": []},
+                {"w": {}},
+                {"w": {"shape": [2]}},
+                {"w": {"shape": [2], "places": "a", "values": "a"}},
+                {"w": {"shape": [2], "bits": "a", "values": "a"}},
+                {"w": {"shape": [2], "bits": ["a"]}},
+                {"w": {"shape": 2, "places": "b", "values": "a"}},
+                {"w": {"shape": ["x"], "places": "a", "values": "a"}},
+            )
+        ),
+    ],
+    ids=lambda header: repr(header)[-60:],
+)
+def test_crafted_headers_of_tensor_files_are_refused(header: Any, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    text = json.dumps(header).encode()
+    data = len(text).to_bytes(8, "little") + text + bytes(8)
+    path.write_bytes(data)
+    with pytest.raises(BankError, match=r"holds no tensors \(.*Restore it from a copy"):
+        read_tensors(path, {"bytes": len(data), "sha256": ""}, verify=False)

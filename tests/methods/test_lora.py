@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -111,15 +112,49 @@ def test_what_is_left_out_has_a_reason() -> None:
         ({"r": 2.0}, "a rank of 1 or more, found 2.0"),
         ({"alpha": 0}, "other than 0"),
         ({"dropout": 1.0}, r"in \[0, 1\), found 1.0"),
+        ({"alpha": "x"}, r"lora\(alpha=...\) is a number other than 0, found 'x'"),
+        ({"alpha": True}, "a number other than 0, found True"),
+        ({"alpha": 10**400}, "a number other than 0"),
+        ({"dropout": "x"}, r"lora\(dropout=...\) is a probability in \[0, 1\), found 'x'"),
+        ({"dropout": None}, r"in \[0, 1\), found None"),
+        ({"target": 3}, r"lora\(target=...\) is names, a regular expression, .*, found 3"),
+        ({"target": [3]}, r"lora\(target=...\) is names, .*, found \[3\]"),
+        ({"exclude": 3}, r"lora\(exclude=...\) is names, a regular expression or None, found 3"),
+        ({"exclude": 0}, r"lora\(exclude=...\) is names, .*, found 0"),
+        ({"rslora": "yes"}, r"lora\(rslora=...\) is True or False, found 'yes'"),
         ({"init": "pissa"}, "'kaiming' or 'gaussian', found 'pissa'"),
         ({"rank_pattern": {"querry": 2}}, "rank_pattern: no adapted layer's name ends as 'querry'"),
-        ({"rank_pattern": {"query": -1}}, "a rank of 1 or more, found -1"),
+        ({"rank_pattern": {"query": -1}}, "'query' has a rank of 1 or more, found -1"),
+        ({"rank_pattern": {3: 2}}, r"rank_pattern=...\) has regular expressions as keys, found 3"),
+        ({"rank_pattern": ["a"]}, r"rank_pattern=...\) is {regular expression: value}, found \["),
+        ({"rank_pattern": 0}, r"rank_pattern=...\) is {regular expression: value}, found 0"),
+        ({"alpha_pattern": {"query": None}}, "'query' has a number other than 0, found None"),
         ({"alpha_pattern": {"[": 2}}, "alpha_pattern: .* is no regular expression"),
     ],
 )
 def test_wrong_options_are_explained(options: dict[str, Any], error: str) -> None:
     with pytest.raises(PlanError, match=error):
         weft.lora(Net(), **options)
+
+
+def test_numbers_and_collections_of_other_kinds_are_taken() -> None:
+    plan = weft.lora(Net(), alpha=np.float32(4), dropout=0, target={"query"}, exclude=("dense",))
+    assert list(plan.adapters) == QUERIES
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"), [("Linear", (0, 4)), ("Linear", (4, 0)), ("Embedding", (3, 0))]
+)
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_layer_without_numbers_is_left_out(kind: str, sizes: tuple[int, int]) -> None:
+    layer = getattr(nn, kind)(*sizes)
+    base = nn.Sequential(nn.Linear(4, 4), layer)
+    plan = weft.lora(base, target=["0", "1"])
+    assert list(plan.adapters) == ["0"]
+    shape = list(next(layer.parameters()).shape)
+    assert plan.refused["1"] == f"its weight has the shape {shape}, so there is nothing to change"
+    with pytest.raises(PlanError, match="nothing to change"):
+        weft.lora(base, target=["1"])
 
 
 def test_a_base_without_weights_is_refused() -> None:
@@ -230,17 +265,40 @@ def test_a_layer_of_another_library_is_changed_in_its_weight() -> None:
 # ------------------------------------------------------------------------------- the method
 
 
-def test_full_rank_is_fine_tuning() -> None:
-    base = nn.Sequential(nn.Linear(4, 6)).double()
-    tuned = torch.randn_like(base[0].weight)
-    model = weft.MultiTaskModel(base, weft.lora(base, r=4, alpha=4))
+# A layer that has no more outputs, in each group, than numbers that make them, and inputs.
+FULL: dict[str, tuple[nn.Module, Tensor]] = {
+    "linear": (nn.Linear(6, 4), torch.randn(3, 6)),
+    "convolution": (nn.Conv2d(3, 5, (2, 3), stride=2, dilation=2), torch.randn(2, 3, 9, 9)),
+    "grouped": (nn.Conv2d(4, 6, 3, groups=2, padding=1), torch.randn(2, 4, 5, 5)),
+    "depthwise": (nn.Conv1d(4, 8, 3, groups=4), torch.randn(2, 4, 7)),
+    "transposed": (nn.ConvTranspose2d(4, 3, 2, stride=2), torch.randn(2, 4, 3, 3)),
+    "grouped transposed": (nn.ConvTranspose1d(4, 6, 3, groups=2), torch.randn(2, 4, 5)),
+    "embedding": (nn.Embedding(7, 4), torch.randint(0, 7, (3, 5))),
+}
+
+
+@pytest.mark.parametrize("kind", FULL)
+def test_full_rank_is_fine_tuning(kind: str) -> None:
+    """Any weight that fine-tuning may find is W + B A: with B = 1, A is the difference itself."""
+    layer, x = FULL[kind]
+    base = nn.Sequential(copy.deepcopy(layer)).double()
+    x = x.double() if x.is_floating_point() else x
+    tuned = copy.deepcopy(base)
+    nn.init.normal_(tuned[0].weight)
+    outputs = base(x).shape[-1 if kind in ("linear", "embedding") else 1]
+    plan = weft.lora(base, r=outputs, alpha=outputs, target=["0"])
+    model = weft.MultiTaskModel(base, plan).eval()
     model.add_task("a", PASS)
     own = model.trainable("a")
+    a, b = own["0:A"], own["0:B"]
     with torch.no_grad():
-        u, s, v = torch.linalg.svd(tuned - base[0].weight, full_matrices=False)
-        own["0:A"].copy_(v)
-        own["0:B"].copy_(u * s)
-        assert torch.allclose(model.fold("a")[0].weight, tuned)
+        change = tuned[0].weight - base[0].weight
+        a.copy_(change.t() if kind == "embedding" else change)
+        one = torch.eye(b.shape[1]).repeat(outputs // b.shape[1], 1)
+        b.copy_(one.view(b.shape))
+        assert torch.allclose(model.fold("a")[0].weight, tuned[0].weight)
+        assert torch.allclose(model(x, task="a"), tuned(x))
+        assert not torch.allclose(base(x), tuned(x), atol=1e-2)
 
 
 def test_statistics_stay_those_of_the_base() -> None:

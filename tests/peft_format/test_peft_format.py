@@ -269,6 +269,53 @@ def test_names_that_end_alike_reach_the_right_layers(tmp_path: Path) -> None:
     assert len(load_file(tmp_path / TENSORS)) == 4
 
 
+class Twice(nn.Module):
+    """Names that end alike, of which PEFT's ``modules_to_save`` always means all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.prenorm = nn.LayerNorm(4), nn.LayerNorm(4)
+        self.inner = nn.ModuleDict({"norm": nn.LayerNorm(4), "fc": nn.Linear(4, 4)})
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner["fc"](self.inner["norm"](self.prenorm(self.norm(x))))
+        y: Tensor = self.fc(x)
+        return y
+
+
+def owning(base: nn.Module, module: str, target: list[str]) -> weft.MultiTaskModel:
+    """A model with a task that owns a module and low rank elsewhere."""
+    everything = weft.full_finetune(base).patches
+    owned = {name: p for name, p in everything.items() if name.startswith(f"{module}.")}
+    adapters = weft.lora(base, r=2, target=target).adapters
+    model = weft.MultiTaskModel(base, weft.Sharing("mine", patches=owned, adapters=adapters))
+    model.add_task("a", PASS)
+    with torch.no_grad():
+        for tensor in model.trainable("a").values():
+            tensor += 0.3 * torch.randn_like(tensor)
+    return model.eval()
+
+
+def test_whole_modules_whose_names_end_alike_reach_the_right_ones(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    base, x = Twice().eval(), torch.randn(3, 4)
+    model = owning(base, "norm", ["fc"])
+    save_peft(model, "a", tmp_path)
+    found = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    assert not [w for w in recwarn if "missing" in str(w.message)]
+    assert_close(found(x), model(x, task="a"))
+    back = empty(base)
+    load_peft(back, "a", tmp_path, PASS)
+    assert_close(back(x, task="a"), model(x, task="a"))
+
+
+def test_a_layer_whose_name_ends_as_a_whole_modules_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=r"'inner.fc' is adapted, and 'fc' is owned as a whole"):
+        save_peft(owning(Twice(), "fc", ["inner.fc"]), "a", tmp_path)
+
+
 # ---------------------------------------------------------------------------------- refusals
 
 
@@ -291,13 +338,29 @@ def test_layers_that_peft_computes_otherwise_are_refused(
     assert not (tmp_path / "adapter").exists()
 
 
+def test_a_task_that_is_tied_to_a_mean_leaves_it_behind(tmp_path: Path) -> None:
+    base = Net()
+    model = weft.MultiTaskModel(base, weft.bora(base, tau=2.0, r=4))
+    model.add_task("a", PASS)
+    with torch.no_grad():
+        for tensor in (*model.tasks["a"].own.values(), *model.shared.values()):
+            tensor.add_(0.1 * torch.randn_like(tensor))
+    save_peft(model, "a", tmp_path)
+    again = weft.MultiTaskModel(base, weft.linear_probe(base))
+    load_peft(again, "a", tmp_path, PASS)
+    for key, tensor in model.tasks["a"].own.items():
+        assert torch.equal(again.tasks["a"].own[key], tensor)
+
+
 def test_tasks_that_are_no_lora_are_refused(tmp_path: Path) -> None:
     base = Net()
     for plan, error in (
         (weft.linear_probe(base), "owns no low rank"),
         (weft.taps(base), "no form for GatedTuned"),
         (weft.full_finetune(base), "owns no low rank"),
-        (weft.hard_sharing(base), "trains or creates tensors that tasks share"),
+        (weft.hard_sharing(base), "trains tensors that tasks share and run with"),
+        (weft.bora(base, joined=True), "trains tensors that tasks share and run with"),
+        (weft.paco(base), "no form for Mixture"),
         (weft.scale_bias(base, where="layers"), "no form for ChannelAffine"),
     ):
         model = weft.MultiTaskModel(base, plan)

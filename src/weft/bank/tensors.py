@@ -23,7 +23,10 @@ from .sparse import pack, unpack
 CHUNK = 1 << 19
 """Bytes to read before they are hashed, while a core's cache still has them."""
 
-_NO_TENSORS = (ValueError, KeyError, TypeError, OverflowError, RecursionError, RuntimeError)
+_NO_TENSORS = (
+    *(ValueError, LookupError, TypeError, AttributeError),
+    *(OverflowError, RecursionError, RuntimeError),
+)
 """What reading a file raises that was made otherwise."""
 
 _TYPES = {

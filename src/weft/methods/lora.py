@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence, Set
+from numbers import Real
+from typing import Any, Literal, TypeGuard
 
 from torch import Tensor, nn
 
@@ -54,8 +55,9 @@ def lora(
         alpha: numerator of the factor; what works for one r then works for others.
         dropout: probability with which an input of A is dropped in training, in [0, 1).
         target: which layers, as in PEFT. A list: names, or what names end with after a dot. A
-            string: a regular expression for the whole name, or "all-linear". Default: every linear
-            layer, convolution, attention and recurrent layer, without depthwise convolutions.
+            string: a regular expression for the whole name, or "all-linear", the output layer
+            included, which PEFT leaves out. Default: every linear layer, convolution, attention and
+            recurrent layer, without depthwise convolutions.
         exclude: which of those are not, a list or a regular expression.
         rslora: whether the factor is alpha / sqrt(r) (Kalajdzievski, arXiv 2312.03732).
         init: how A starts: "kaiming", uniform within 1/sqrt(inputs), or "gaussian", with a
@@ -74,7 +76,15 @@ def lora(
     projections of transformers alone; in that A starts uniform, as in the authors' code and in
     PEFT; and in convolutions, of which the paper does not speak.
     """
-    _check_options(r, alpha, dropout, init)
+    _check("r", r, is_rank, "a rank of 1 or more")
+    _check("alpha", alpha, is_numerator, "a number other than 0")
+    _check("dropout", dropout, is_probability, "a probability in [0, 1)")
+    _check("target", target, _is_choice, 'names, a regular expression, "all-linear" or None')
+    _check("exclude", exclude, _is_choice, "names, a regular expression or None")
+    _check("rslora", rslora, lambda value: isinstance(value, bool), "True or False")
+    _check("init", init, lambda value: value in ("kaiming", "gaussian"), "'kaiming' or 'gaussian'")
+    _check_pattern("rank_pattern", rank_pattern, is_rank, "a rank of 1 or more")
+    _check_pattern("alpha_pattern", alpha_pattern, is_numerator, "a number other than 0")
     found = sites(base)
     wanted = _targeted(base, found, target, exclude)
     ranks = patterned(rank_pattern or {}, [s.name for s in wanted], "rank_pattern")
@@ -87,11 +97,10 @@ def lora(
     refused: dict[str, str] = {}
     for site in wanted:
         here = LowRank(ranks.get(site.name, r), alphas.get(site.name, alpha), dropout, rslora, init)
-        _check_options(here.r, here.alpha, dropout, init)
         weights = _matrices(site, tensors)
         if target is None and site.kind is Kind.DEPTHWISE:
             refused[site.name] = "depthwise: low rank costs more than the layer; name it in target="
-        elif reason := _refusal(base, site, weights, used):
+        elif reason := _refusal(base, site, weights, used, tensors):
             refused[site.name] = reason
         elif _is_called(site, layers) and takes(base.get_submodule(site.name)):
             adapters[site.name] = here
@@ -158,13 +167,21 @@ def _matrices(site: Site, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
     return tuple(n for n in weights if tensors[n].dim() > 1 and tensors[n].is_floating_point())
 
 
-def _refusal(base: nn.Module, site: Site, weights: tuple[str, ...], used: Mapping[str, int]) -> str:
+def _refusal(
+    base: nn.Module,
+    site: Site,
+    weights: tuple[str, ...],
+    used: Mapping[str, int],
+    tensors: Mapping[str, Tensor],
+) -> str:
     """Why a site cannot be adapted, or ""."""
     if site.refusal:
         return site.refusal
     if not weights:
         kind = type(base.get_submodule(site.name)).__name__
         return f"{kind} has no floating point weight matrix"
+    if empty := [list(tensors[name].shape) for name in weights if not tensors[name].numel()]:
+        return f"its weight has the shape {empty[0]}, so there is nothing to change"
     if any(used[name] > 1 for name in weights):
         return "its weight is tied to another layer's, which low rank here would part from it"
     return ""
@@ -191,12 +208,50 @@ def _nothing(refused: Mapping[str, str]) -> str:
     return f"lora can adapt no layer that is asked for. '{first}': {reason}{more}."
 
 
-def _check_options(r: int, alpha: float, dropout: float, init: str) -> None:
-    if not isinstance(r, int) or isinstance(r, bool) or r < 1:
-        raise PlanError(f"lora(r=...) is a rank of 1 or more, found {r!r}.")
-    if not math.isfinite(alpha) or alpha == 0:
-        raise PlanError(f"lora(alpha=...) is a number other than 0, found {alpha!r}.")
-    if not 0.0 <= dropout < 1.0:
-        raise PlanError(f"lora(dropout=...) is a probability in [0, 1), found {dropout!r}.")
-    if init not in ("kaiming", "gaussian"):
-        raise PlanError(f"lora(init=...) is 'kaiming' or 'gaussian', found {init!r}.")
+# -------------------------------------------------------------------------------- the options
+
+
+def is_rank(value: object) -> bool:
+    """Whether something is a whole number of 1 or more."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def is_numerator(value: object) -> bool:
+    """Whether something is a finite number other than 0."""
+    return _is_number(value) and value != 0
+
+
+def is_probability(value: object) -> bool:
+    """Whether something is a number in [0, 1)."""
+    return _is_number(value) and 0.0 <= value < 1.0
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float can be
+        return False
+
+
+def _is_choice(value: object) -> bool:
+    names = isinstance(value, (Sequence, Set)) and all(isinstance(name, str) for name in value)
+    return value is None or names
+
+
+def _check(option: str, value: object, fits: Callable[[Any], bool], expected: str) -> None:
+    if not fits(value):
+        raise PlanError(f"lora({option}=...) is {expected}, found {value!r}.")
+
+
+def _check_pattern(option: str, values: object, fits: Callable[[Any], bool], expected: str) -> None:
+    if values is not None and not isinstance(values, Mapping):
+        raise PlanError(f"lora({option}=...) is {{regular expression: value}}, found {values!r}.")
+    for pattern, value in (values or {}).items():
+        if not isinstance(pattern, str):
+            raise PlanError(
+                f"lora({option}=...) has regular expressions as keys, found {pattern!r}."
+            )
+        if not fits(value):
+            raise PlanError(f"lora({option}=...): '{pattern}' has {expected}, found {value!r}.")

@@ -17,6 +17,8 @@ PREFIX = "base_model.model."
 
 LINEAR = ("lora_A.weight", "lora_B.weight")
 EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
+FACTORS = tuple(f".{name}" for name in (*LINEAR, *EMBEDDING))
+"""How names of factors end."""
 
 
 @singledispatch

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from safetensors import SafetensorError
-from safetensors.torch import load
 from torch import Tensor, nn
 
 from weft.adapters.low_rank import LowRank
@@ -18,15 +16,17 @@ from weft.core.checks import check_plan
 from weft.core.model import MultiTaskModel
 from weft.core.patch import Replace
 from weft.core.sharing import Sharing
-from weft.core.sites import named_tensors
+from weft.core.sites import canonical_names, named_tensors
 from weft.core.state import TaskState
 from weft.core.task import Task, check_task, check_task_name
 from weft.errors import BankError, PlanError, close_matches
 from weft.methods.lora import lora
 
-from .document import TENSORS, Described, read_config
-from .layers import EMBEDDING, LINEAR, PREFIX, from_peft, refusal, shapes
+from .contents import Contents, leaving, read_contents, without_copies
+from .document import Described
+from .layers import FACTORS, from_peft, names, refusal, shapes
 from .places import Place, exactly, pattern_of, places
+from .rules import adapted
 
 Number = TypeVar("Number", int, float)
 
@@ -52,91 +52,55 @@ def load_peft(
             outside of the model's base.
 
     Raises:
-        BankError: a file is missing or damaged.
+        BankError: a file is missing, damaged or incomplete: a layer that ``target_modules`` names,
+            or a tensor of a module that was stored whole, is not there.
         PlanError: the adapter does not fit the base, or holds something that has no form here
             (DoRA, trained biases, starts that change the base), by name.
         TaskError: the name is taken or cannot be one.
     """
     check_task_name(name, model.tasks)
     check_task(task)
-    folder = Path(path)
-    described = read_config(folder)
-    tensors = _named(_tensors(folder / TENSORS), prefix, _left(described, leave, folder))
-    layers = _layers(model.base, described, tensors, folder, prefix)
-    whole = [name for name, _ in named_tensors(model.base) if name in tensors]
-    plan = _known(model, layers, whole) or _plan(model, described, layers, whole)
-    own = _own(model.base, plan, tensors, folder)
+    if not isinstance(path, (str, os.PathLike)):
+        raise BankError(f"path is a folder's name, found {path!r}.")
+    contents = read_contents(Path(path), prefix, leave)
+    if contents.described.modules_to_save:
+        _check_tied(model.base, contents)
+    contents = replace(contents, tensors=without_copies(model.base, contents))
+    layers = _layers(model.base, contents)
+    whole = _whole(model.base, contents)
+    plan = _known(model, layers, whole) or _plan(model, contents.described, layers, whole)
+    own = _own(model.base, plan, contents)
     model.install(name, TaskState(task, plan, plan.patches, own))
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise BankError(
-            f"{path} cannot be read: {error.strerror or error}. PEFT writes it with "
-            "save_pretrained(..., safe_serialization=True); pickled files are not loaded."
-        ) from error
-    try:
-        found: dict[str, Tensor] = load(data)
-    except SafetensorError as error:
-        raise BankError(f"{path} is damaged: {error}. Save the adapter again.") from error
-    return found
-
-
-def _left(described: Described, leave: Sequence[str], folder: Path) -> tuple[str, ...]:
-    for module in leave:
-        if module not in described.modules_to_save:
+def _check_tied(base: nn.Module, contents: Contents) -> None:
+    """Refuse what was stored whole and is tied in the base, where PEFT parts it from its twin."""
+    names_of: dict[str, list[str]] = {}
+    for name, first in canonical_names(base).items():
+        names_of.setdefault(first, []).append(name)
+    for name in (n for several in names_of.values() if len(several) > 1 for n in several):
+        entry = contents.stored_by(name) if name in contents.tensors else ""
+        if entry:
             raise PlanError(
-                f"leave: '{module}' is not among modules_to_save of {folder}, which are "
-                f"{list(described.modules_to_save)}."
-                + close_matches(module, described.modules_to_save)
+                f"The adapter holds '{name}', which is tied to another layer's in the base and "
+                "would have to part from it. Untie the base." + leaving(entry)
             )
-    return tuple(leave)
 
 
-def _named(tensors: Mapping[str, Tensor], prefix: str, left: Iterable[str]) -> dict[str, Tensor]:
-    """The tensors by their names inside of the model's base.
-
-    Raises:
-        PlanError: a tensor is outside of it.
-    """
-    start = f"{prefix}." if prefix else ""
-    found = {}
-    for name, tensor in tensors.items():
-        inside = name.removeprefix(PREFIX)
-        if any(re.fullmatch(rf"(.*\.)?{re.escape(module)}\..*", inside) for module in left):
-            continue
-        if not inside.startswith(start):
-            raise PlanError(
-                f"The adapter holds '{inside}', which is not inside of '{prefix}'. A head that was "
-                "saved with the adapter can be left out: leave=[...]."
-            )
-        found[inside.removeprefix(start)] = tensor
-    return found
-
-
-def _layers(
-    base: nn.Module, described: Described, tensors: Mapping[str, Tensor], folder: Path, prefix: str
-) -> dict[str, LowRank]:
+def _layers(base: nn.Module, contents: Contents) -> dict[str, LowRank]:
     """By name, the layers that the adapter changes, and how.
 
     Raises:
         PlanError: one is not in the base, or PEFT computes it otherwise.
         BankError: the configuration and the tensors do not fit.
     """
-    ranks = {
-        name.removesuffix(f".{ending}"): tensor.shape[0]
-        for name, tensor in tensors.items()
-        for ending in (LINEAR[0], EMBEDDING[0])
-        if name.endswith(f".{ending}")
-    }
-    if not ranks:
-        raise PlanError(f"{folder / TENSORS} holds no low rank factors.")
+    described, tensors = contents.described, contents.tensors
+    sites = {n.removesuffix(end) for n in tensors for end in FACTORS if n.endswith(end)}
+    if not sites:
+        raise PlanError(f"{contents.file} holds no low rank factors.")
     modules = dict(base.named_modules())
-    start = f"{prefix}." if prefix else ""
     found = {}
-    for site, r in sorted(ranks.items()):
+    for site in sorted(sites):
         if site not in modules:
             raise PlanError(
                 f"The adapter is for '{site}', which is no module of the base. If the base was a "
@@ -145,12 +109,48 @@ def _layers(
             )
         if reason := refusal(modules[site]):
             raise PlanError(_CANNOT.format(site, reason))
-        asked = _by_pattern(described.rank_pattern, start + site, described.r)
-        if asked != r:
-            raise BankError(f"'{site}' of {folder} has rank {r}, its configuration says {asked}.")
-        alpha = _by_pattern(described.alpha_pattern, start + site, described.alpha)
+        a, b = _factor_names(site, modules[site])
+        if missing := [name for name in (a, b) if name not in tensors]:
+            raise BankError(f"{contents.file} lacks '{missing[0]}'. Save the adapter again.")
+        full = contents.inside + site
+        r = _by_pattern(described.rank_pattern, full, described.r)
+        if tensors[a].dim() and len(tensors[a]) != r:
+            rank = len(tensors[a])
+            raise BankError(f"'{a}' has rank {rank}, its configuration says {r}. Save it again.")
+        alpha = _by_pattern(described.alpha_pattern, full, described.alpha)
         found[site] = LowRank(r, alpha, described.dropout, described.rslora)
+    for site in adapted(base, described, contents.inside):
+        if site not in found:
+            a, b = _factor_names(site, modules[site])
+            raise BankError(
+                f"{contents.file} lacks '{a}' and '{b}', though target_modules names the layer. "
+                "Save the adapter again, or name only layers that it has."
+            )
     return found
+
+
+def _factor_names(site: str, layer: nn.Module) -> tuple[str, str]:
+    a, b = names(layer)
+    return f"{site}.{a}", f"{site}.{b}"
+
+
+def _whole(base: nn.Module, contents: Contents) -> list[str]:
+    """The tensors of modules that were stored whole.
+
+    Raises:
+        BankError: a part of such a module is missing.
+    """
+    if not contents.described.modules_to_save:
+        return []
+    known = canonical_names(base)
+    for name in (name for name in base.state_dict() if name in known):
+        entry = contents.stored_by(name)
+        if entry and name not in contents.tensors:
+            raise BankError(
+                f"{contents.file} lacks '{name}', though modules_to_save names '{entry}'. "
+                f"Save the adapter again, or keep the base's: leave=[{entry!r}]."
+            )
+    return [name for name, _ in named_tensors(base) if name in contents.tensors]
 
 
 def _known(
@@ -198,26 +198,23 @@ def _by_pattern(patterns: Mapping[str, Number], name: str, default: Number) -> N
     return default
 
 
-def _own(
-    base: nn.Module, plan: Sharing, tensors: Mapping[str, Tensor], folder: Path
-) -> dict[str, Tensor]:
+def _own(base: nn.Module, plan: Sharing, contents: Contents) -> dict[str, Tensor]:
     """The own tensors of the plan, from a file's."""
-    left = dict(tensors)
+    left = dict(contents.tensors)
     of_base = dict(named_tensors(base))
     own: dict[str, Tensor] = {}
     for name in (n for n, patch in plan.patches.items() if isinstance(patch, Replace)):
-        own[name] = _fitting(name, left.pop(name), of_base[name])
+        advice = leaving(contents.stored_by(name))
+        own[name] = _fitting(name, left.pop(name), of_base[name], advice)
     for place in places(base, plan.adapters, plan.patches):
-        pair = []
-        for tensor_name in place.tensors:
-            if tensor_name not in left:
-                raise BankError(f"{folder / TENSORS} lacks '{tensor_name}'. Save it again.")
-            pair.append(left.pop(tensor_name))
+        pair = [left.pop(name) for name in place.tensors]
         own |= dict(zip(place.keys, _factors(place, pair), strict=True))
     if left:
+        name = next(iter(left))
+        advice = leaving(contents.stored_by(name)) or close_matches(name, of_base)
         raise PlanError(
-            f"The adapter holds '{next(iter(left))}', which has no form here and is no tensor of "
-            "the base. What was saved whole, outside of the base, can be left out: leave=[...]."
+            f"The adapter holds '{name}', which has no form here and is no tensor of the base."
+            + (advice or " Save the adapter without it.")
         )
     return own
 
@@ -228,19 +225,34 @@ def _factors(place: Place, pair: Sequence[Tensor]) -> list[Tensor]:
     for name, tensor, shape in zip(place.tensors, pair, expected, strict=True):
         if tuple(tensor.shape) != shape:
             raise PlanError(_OTHER_SHAPE.format(name, tuple(tensor.shape), shape))
+        if not tensor.is_floating_point():
+            raise BankError(_OTHER_TYPE.format(name, tensor.dtype, "floating point numbers"))
     try:
         a, b = from_peft(place.layer, *pair)
     except PlanError as error:
         raise PlanError(_CANNOT.format(place.site, error)) from error
     dtype = next(place.layer.parameters()).dtype
-    return [nn.Parameter(tensor.to(dtype).clone()) for tensor in (a, b)]
+    own: list[Tensor] = [nn.Parameter(tensor.to(dtype).clone()) for tensor in (a, b)]
+    for name, factor in zip(place.tensors, own, strict=True):
+        if not factor.isfinite().all():
+            raise BankError(_NOT_FINITE.format(name, dtype))
+    return own
 
 
-def _fitting(name: str, tensor: Tensor, like: Tensor) -> Tensor:
+def _fitting(name: str, tensor: Tensor, like: Tensor, advice: str) -> Tensor:
     """A whole tensor in place of the base's."""
     if tensor.shape != like.shape:
-        raise PlanError(_OTHER_SHAPE.format(name, tuple(tensor.shape), tuple(like.shape)))
+        shapes_ = (tuple(tensor.shape), tuple(like.shape))
+        raise PlanError(_OTHER_SHAPE.format(name, *shapes_) + advice)
+    if (tensor.is_floating_point(), tensor.is_complex()) != (
+        like.is_floating_point(),
+        like.is_complex(),
+    ):
+        raise BankError(_OTHER_TYPE.format(name, tensor.dtype, like.dtype) + advice)
     value = tensor.to(like.dtype).clone()
+    # A mask among the base's buffers may be infinite itself.
+    if (~value.isfinite() & like.isfinite().to(value.device)).any():
+        raise BankError(_NOT_FINITE.format(name, like.dtype) + advice)
     if isinstance(like, nn.Parameter) and value.is_floating_point():
         return nn.Parameter(value)
     return value
@@ -249,6 +261,12 @@ def _fitting(name: str, tensor: Tensor, like: Tensor) -> Tensor:
 _CANNOT = "The adapter's layer '{}' cannot be adapted here: {}."
 
 _OTHER_SHAPE = (
-    "'{}' of the adapter has the shape {}, the base asks for {}. It belongs to another base; what "
-    "was saved whole can be left out: leave=[...]."
+    "'{}' of the adapter has the shape {}, the base asks for {}. It belongs to another base."
+)
+
+_OTHER_TYPE = "'{}' of the adapter is of {}, expected {}. It is damaged: save the adapter again."
+
+_NOT_FINITE = (
+    "'{}' of the adapter holds numbers that are not finite as {}. Its training may have diverged: "
+    "take an earlier state of it."
 )

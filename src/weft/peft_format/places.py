@@ -81,7 +81,7 @@ def places(
         yield Place(site, layer, -(-insertion.r // groups) * groups, insertion)
 
 
-def exactly(wanted: Iterable[str], base: nn.Module, inside: str = "") -> list[str] | str:
+def exactly(wanted: Iterable[str], base: nn.Module, inside: str = "") -> tuple[str, ...] | str:
     """Names as PEFT's target_modules, which match these modules of a base and no others.
 
     Args:
@@ -90,9 +90,9 @@ def exactly(wanted: Iterable[str], base: nn.Module, inside: str = "") -> list[st
         inside: what comes before all names in PEFT's base, which has more modules.
 
     Returns:
-        A list, or a regular expression where names may end alike.
+        A tuple, or a regular expression where names may end alike.
     """
-    mine = sorted(set(wanted))
+    mine = tuple(sorted(set(wanted)))
     everything = [name for name, _ in base.named_modules()]
     ends = tuple(f".{name}" for name in mine)
     if inside or any(name.endswith(ends) and name not in mine for name in everything):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors.torch import save
@@ -13,13 +14,14 @@ from torch import Tensor, nn
 from weft.adapters.low_rank import is_turned
 from weft.core.model import MultiTaskModel
 from weft.core.patch import Patch, Replace
-from weft.core.sites import named_tensors
-from weft.errors import PlanError, TaskError, close_matches
+from weft.core.sites import canonical_names, named_tensors
+from weft.errors import ExportError, PlanError, TaskError, close_matches
 from weft.exporting.files import check_place, write_whole
 
 from .document import CONFIG, TENSORS, Described, config_text
 from .layers import PREFIX, to_peft
 from .places import Place, exactly, pattern_of, places
+from .rules import stored_by
 
 
 def save_peft(
@@ -49,14 +51,17 @@ def save_peft(
         PlanError: the task owns something that PEFT's LoRA has no form for, by name.
         ExportError: the folder cannot be written.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise ExportError(f"path is a folder's name, found {path!r}.")
     if task not in model.task_names:
-        hint = close_matches(task, model.task_names)
+        hint = close_matches(str(task), model.task_names)
         raise TaskError(f"There is no task '{task}'. Tasks: {', '.join(model.task_names)}.{hint}")
     plan, state = model.plan(task), model.tasks[task]
-    if not plan.only_owns:
+    # Created tensors, such as BoRA's mean, are read by none of the patches that `places` takes.
+    if plan.train_shared or any(one.trains_shared for one in plan.adapters.values()):
         raise PlanError(
-            f"'{plan.method}' trains or creates tensors that tasks share, which an adapter of PEFT "
-            "does not hold. Fold the task instead: model.fold(task)."
+            f"'{plan.method}' trains tensors that tasks share and run with, which an adapter of "
+            "PEFT does not hold. Fold the task instead: model.fold(task)."
         )
     own = state.own.to_dict()
     found = list(places(model.base, plan.adapters, state.patches))
@@ -67,15 +72,16 @@ def save_peft(
         pair = to_peft(place.layer, *(own[key].detach() for key in place.keys))
         tensors |= dict(zip(place.tensors, pair, strict=True))
     whole = _whole_modules(model.base, state.patches)
-    tensors |= {name: own[name].detach() for names in whole.values() for name in names}
     inside = f"{prefix}." if prefix else ""
-    described = _described(found, whole, inside)
+    tensors |= _stored_alike(model.base, [f"{inside}{name}" for name in whole], inside, found)
+    tensors |= {name: own[name].detach() for names in whole.values() for name in names}
     targets = exactly([place.site for place in found], model.base, inside)
+    described = replace(_described(found, whole, inside), target_modules=targets)
     content = {f"{PREFIX}{inside}{n}": t.cpu().contiguous() for n, t in tensors.items()}
     folder = Path(path)
     check_place(folder / TENSORS)
     write_whole(folder / TENSORS, save(content, metadata={"format": "pt"}))
-    text = config_text(described, targets, base_name)
+    text = config_text(described, base_name)
     write_whole(folder / CONFIG, text.encode())
     return folder
 
@@ -109,10 +115,11 @@ def _whole_modules(base: nn.Module, patches: Mapping[str, Patch]) -> dict[str, l
     """By module, the tensors in it, of modules that the task owns as a whole.
 
     Raises:
-        PlanError: it owns a part of a module.
+        PlanError: it owns a part of a module, or what another layer uses too.
     """
     owned = {name for name, patch in patches.items() if isinstance(patch, Replace)}
     names = [name for name, _ in named_tensors(base)]
+    twins = {first: name for name, first in canonical_names(base).items() if name != first}
     found: dict[str, list[str]] = {}
     for name in sorted(owned):
         module = name.rpartition(".")[0]
@@ -121,5 +128,31 @@ def _whole_modules(base: nn.Module, patches: Mapping[str, Patch]) -> dict[str, l
             raise PlanError(
                 f"The task owns '{name}' and not all of its module. PEFT stores whole modules only."
             )
+        if name in twins:
+            raise PlanError(
+                f"The task owns '{name}', which is tied to '{twins[name]}'. PEFT would part them. "
+                "Fold the task instead: model.fold(task)."
+            )
         found[module] = inside
     return found
+
+
+def _stored_alike(
+    base: nn.Module, entries: Sequence[str], inside: str, found: Sequence[Place]
+) -> dict[str, Tensor]:
+    """The base's tensors in all modules that PEFT stores, since their names end as entries do.
+
+    Raises:
+        PlanError: one of them is adapted, or around what is.
+    """
+    for place in found:
+        if entry := stored_by(f"{inside}{place.site}.", entries):
+            raise PlanError(
+                f"'{place.site}' is adapted, and '{entry}' is owned as a whole. PEFT stores all "
+                "modules whose names end so and adapts none of them. Fold the task instead: "
+                "model.fold(task)."
+            )
+    tensors, stored = dict(named_tensors(base)), base.state_dict()
+    return {
+        n: t.detach() for n, t in tensors.items() if n in stored and stored_by(inside + n, entries)
+    }
