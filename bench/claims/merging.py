@@ -52,7 +52,7 @@ def ways(
 ) -> dict[str, Callable[[], Merged]]:
     """Every way to merge."""
     stated = {k: v for k, v in config["unlabelled"].items() if k != "batch_size"}
-    blind = partial(concrete, model, images, seed=config["seed"], **stated)
+    blind = partial(concrete, model, images, seed=config["seed"], progress=False, **stated)
 
     def best_ties() -> Merged:
         found = [

@@ -2,88 +2,70 @@
 
 from __future__ import annotations
 
-import copy
-import math
-import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from weft.core.model import MultiTaskModel
-from weft.core.sites import tensor_slots
-from weft.core.state import TaskState
-from weft.errors import ConfigError, DataError
-from weft.methods.baselines import linear_probe
-from weft.training import evaluate
-from weft.training.evaluation import choosing_scores
+from weft.errors import ConfigError
+from weft.tasks.options import check_choice
 
-from .rules import Rule, Vectors, ties, total
-from .vectors import Base, Vector, base_of, check_tasks, task_vectors
+from .choosing import SCALES, try_scales, warnings
+from .concrete import concrete
+from .merged import Merged, merged_model
+from .options import check_data, check_number, check_rereadable
+from .rules import Rule, ties, total
+from .source import Source, check_source, chosen_tasks, opened
+from .vectors import Base, Vector, base_of, precise, task_tensors, task_vectors
 
-SCALES = tuple(round(0.1 * i, 1) for i in range(1, 11))
-"""Candidates for the scale of task vectors."""
-
-
-@dataclass(frozen=True)
-class Merged:
-    """What came of merging.
-
-    Args:
-        model: the merged base with the head of every task; a model like any other, so it can be
-            evaluated, stored in a bank and reported on.
-        how: the rule.
-        scale: of the merged direction.
-        scores: by candidate scale, by task, the validation score; empty if none was chosen.
-        baseline: likewise for task arithmetic, where another rule's scale was chosen.
-        warnings: what to be wary of.
-    """
-
-    model: MultiTaskModel
-    how: str
-    scale: float
-    scores: Mapping[float, Mapping[str, float]] = field(default_factory=dict)
-    baseline: Mapping[float, Mapping[str, float]] = field(default_factory=dict)
-    warnings: tuple[str, ...] = ()
-
-    @property
-    def base(self) -> nn.Module:
-        """The merged base."""
-        return self.model.base
+DENSITY = 0.2
+"""Share of the entries of a task that ties keeps, if nothing is said."""
 
 
 def merge(
-    model: MultiTaskModel,
-    tasks: Sequence[str] | None = None,
+    source: Source,
+    tasks: Iterable[str] | str | None = None,
     *,
-    how: Rule = "task_arithmetic",
+    base: nn.Module | None = None,
+    how: Rule | Literal["concrete"] = "task_arithmetic",
     scale: float | Literal["choose"] | None = None,
     data: Mapping[str, Any] | None = None,
-    scales: Sequence[float] = SCALES,
-    density: float = 0.2,
+    scales: Sequence[float] | None = None,
+    density: float | None = None,
+    progress: bool = True,
 ) -> Merged:
-    """Merge what tasks own into one base, without training.
+    """Merge what tasks own into one base; without training, but for "concrete".
 
     With tau_t = theta_t - theta_0 the vector of task t, the merged base is theta_0 + scale * d with
 
     - average: d = mean_t tau_t, and scale 1;
     - task_arithmetic: d = sum_t tau_t (Ilharco et al., ICLR 2023);
-    - ties: d of `ties` (Yadav et al., NeurIPS 2023).
+    - ties: d of `ties` (Yadav et al., NeurIPS 2023);
+    - concrete: `weft.merging.concrete` on ``data`` with its defaults.
 
     Running statistics are averaged, with scale 1, by every rule; whole numbers stay the base's.
-    Vectors are read one at a time: memory does not grow with the number of tasks.
+    Vectors are read one at a time, but for "concrete": beyond the tasks themselves, memory does not
+    grow with their number. One task merged by the first three rules is that task, bit for bit, at
+    scale 1: with nothing to interfere, ties trims nothing.
 
     Args:
-        model: holds the tasks; from a bank, ``bank.load(base)``. It is not changed.
-        tasks: which to merge; default all.
+        source: holds the tasks: a model, which is not changed, or a bank, loaded as by
+            ``bank.load(base, *tasks)``.
+        tasks: which to merge, or the name of one; default all.
+        base: of a bank, the module that its tasks were trained on.
         how: the rule.
         scale: of d; "choose" tries ``scales`` on ``data``. Default: 1 for "average" and a single
             task, else "choose" if there is data and 0.3 (task_arithmetic) or 1 (ties) if not.
-        data: by task, validation batches; never test data.
-        scales: what "choose" tries; the first of the best mean score over tasks is taken.
-        density: share of entries that "ties" keeps of each task, in (0, 1].
+        data: by task, batches; to choose a scale, of validation data, never of test data.
+        scales: what "choose" tries, finite numbers; default `SCALES`. The first of the best mean
+            score over tasks is taken, NaN being worst; where the tasks' first metrics differ, that
+            of the least sum of losses, as in `fit`.
+        density: share of entries that "ties" keeps of each of several tasks, in (0, 1]; default
+            0.2.
+        progress: whether "concrete" shows its progress, on standard error.
 
     Returns:
         The merged model, and for a chosen scale the scores of all candidates, with those of task
@@ -91,153 +73,121 @@ def merge(
 
     Raises:
         TaskError: an unknown task.
+        BankError: the bank's tasks cannot be loaded onto the base.
         PlanError: a task has no plain form of the base's class.
-        ConfigError: an option out of range.
-        DataError: a scale is to be chosen without data of every task.
+        ConfigError: an option out of range, or one that "concrete" has no use for.
+        DataError: a scale is to be chosen, or a mask learned, without data of every task; or no
+            candidate has a score that is a number.
+        TrainingError: as for `concrete`.
     """
-    chosen = check_tasks(model, model.task_names if tasks is None else tasks)
-    wanted = _default(how, scale, data, len(chosen))
-    _check(how, wanted, density, scales, chosen, data)
-    base = base_of(model)
-
-    def vectors() -> Any:
-        return task_vectors(model, chosen, base)
-
-    direction, statistic = _direction(how, vectors, base, density, len(chosen))
-    if isinstance(wanted, float):
-        merged = merged_model(model, chosen, _tensors(base, direction, statistic, wanted))
-        return Merged(merged, how, wanted)
+    check_source("merge", source, base)
+    names = chosen_tasks(source, tasks)
+    check_choice("merge(how=...)", how, ("average", "task_arithmetic", "ties", "concrete"))
+    if how == "concrete":
+        _refuse_for_concrete({"scale": scale, "scales": scales, "density": density})
+        check_data("merge", data, names)
+        assert data is not None
+        return concrete(source, data, names, base=base, progress=progress)
+    candidates = SCALES if scales is None else _numbers(scales)
+    share = DENSITY if density is None else density
+    check_number("merge(density=...)", share, "a number in (0, 1]", lambda d: 0 < d <= 1)
+    wanted = _wanted(how, scale, data, len(names))
+    if wanted is None:
+        check_data("merge", data, names)
+        assert data is not None
+        check_rereadable(data, names)
+    model = opened(source, names, base)
+    merging = _Merging(model, names, base_of(model), share)
+    at = partial(merging.at, merging.direction(how))
+    if wanted is not None:
+        return Merged(at(wanted), how, wanted)
     assert data is not None
-    scores = _try(model, chosen, base, direction, statistic, scales, data)
-    best = max(scales, key=lambda s: statistics.fmean(_signed(model, scores[s]).values()))
-    baseline: dict[float, dict[str, float]] = {}
+    validation = {task: data[task] for task in names}
+    tried = try_scales(at, candidates, validation)
+    best = tried.best  # before the baseline, whose work is for nothing if there is none
+    baseline = None
     if how != "task_arithmetic":
-        plain, _ = _direction("task_arithmetic", vectors, base, density, len(chosen))
-        baseline = _try(model, chosen, base, plain, statistic, scales, data)
-    merged = merged_model(model, chosen, _tensors(base, direction, statistic, best))
-    return Merged(merged, how, best, scores, baseline, _warnings(model, best, scores, baseline))
+        plain = partial(merging.at, merging.direction("task_arithmetic"))
+        baseline = try_scales(plain, candidates, validation)
+    merged = at(best)
+    return Merged(
+        merged,
+        how,
+        best,
+        scores=tried.scores,
+        means=tried.means,
+        baseline={} if baseline is None else baseline.scores,
+        baseline_means={} if baseline is None else baseline.means,
+        warnings=warnings(merged, tried, baseline),
+    )
 
 
-def _default(
-    how: str, scale: float | str | None, data: Mapping[str, Any] | None, count: int
-) -> float | str:
-    if scale is not None:
-        return scale if isinstance(scale, str) else float(scale)
-    if how == "average" or count == 1:
-        return 1.0
-    return "choose" if data is not None else 1.0 if how == "ties" else 0.3
+def _refuse_for_concrete(options: Mapping[str, object]) -> None:
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise ConfigError(
+            f"merge(how='concrete') has no use for {', '.join(given)}: it learns a mask with the "
+            "defaults of weft.merging.concrete. Leave it out, or call "
+            "weft.merging.concrete(model, data, ...), which has options of its own."
+        )
 
 
-def _check(
-    how: str,
-    scale: float | str,
-    density: float,
-    scales: Sequence[float],
-    tasks: Sequence[str],
-    data: Mapping[str, Any] | None,
-) -> None:
-    rules = ("average", "task_arithmetic", "ties")
-    if how not in rules:
-        raise ConfigError(f"merge(how=...) is one of {', '.join(rules)}; found {how!r}.")
-    if isinstance(scale, str) and scale != "choose":
-        raise ConfigError(f"merge(scale=...) is a number or 'choose', found {scale!r}.")
-    if isinstance(scale, float) and not math.isfinite(scale):
-        raise ConfigError(f"merge(scale=...) is a finite number, found {scale}.")
-    if not 0 < density <= 1:
-        raise ConfigError(f"merge(density=...) is in (0, 1], found {density}.")
-    if scale == "choose":
-        missing = [task for task in tasks if task not in (data or {})]
-        if missing:
-            raise DataError(
-                f"A scale is chosen on validation data of every task; {', '.join(missing)} has "
-                "none. Give data={task: batches}, or a number as scale."
-            )
-        if not scales or not all(math.isfinite(s) for s in scales):
-            raise ConfigError(f"merge(scales=...) are finite numbers, found {list(scales)}.")
+def _numbers(scales: object) -> tuple[float, ...]:
+    """The candidates for the scale."""
+    found = tuple(scales) if isinstance(scales, Iterable) and not isinstance(scales, str) else ()
+    if not found:
+        raise ConfigError(f"merge(scales=...) is a list of finite numbers, found {scales!r}.")
+    for scale in found:
+        check_number("Each of merge(scales=...)", scale)
+    return tuple(map(float, found))
 
 
-def _direction(
-    how: str, vectors: Vectors, base: Base, density: float, count: int
-) -> tuple[Vector, Vector]:
-    """The merged direction of the parameters, and the mean change of the statistics."""
-    summed, _ = total(vectors)
-    statistic = {name: summed[name] / count for name in base.statistics}
-    if how == "ties":
-
-        def parameters() -> Any:
-            for task, vector in vectors():
-                yield task, {name: vector[name] for name in base.parameters}
-
-        return ties(parameters, density), statistic
-    divide = count if how == "average" else 1
-    return {name: summed[name] / divide for name in base.parameters}, statistic
+def _wanted(how: str, scale: object, data: Mapping[str, Any] | None, count: int) -> float | None:
+    """The scale, or None where it is to be chosen."""
+    if scale is None:
+        if how == "average" or count == 1:
+            return 1.0
+        return None if data is not None else 1.0 if how == "ties" else 0.3
+    if isinstance(scale, str) and scale == "choose":
+        return None
+    check_number("merge(scale=...)", scale, "a finite number or 'choose'")
+    return float(scale)  # type: ignore[arg-type]
 
 
-def _tensors(base: Base, direction: Vector, statistic: Vector, scale: float) -> dict[str, Tensor]:
-    merged = {n: t + scale * direction[n].to(t.dtype) for n, t in base.parameters.items()}
-    return merged | {n: t + statistic[n].to(t.dtype) for n, t in base.statistics.items()}
+@dataclass(frozen=True)
+class _Merging:
+    """What is merged, and the share of entries that ties keeps."""
 
+    model: MultiTaskModel
+    names: tuple[str, ...]
+    base: Base
+    density: float
 
-def merged_model(
-    source: MultiTaskModel, tasks: Sequence[str], tensors: Mapping[str, Tensor]
-) -> MultiTaskModel:
-    """The merged base under the heads of the tasks."""
-    base = copy.deepcopy(source.base)
-    with torch.no_grad():
-        for name, table, attribute in tensor_slots(base):
-            slot = table[attribute]
-            if name in tensors and slot is not None:
-                slot.copy_(tensors[name])
-    plan = linear_probe(base)
-    merged = MultiTaskModel(base, plan, example=source.example, output=source.output)
-    for task in tasks:
-        state = TaskState(source.tasks[task].task, plan, plan.patches, {})
-        state.set_head(copy.deepcopy(source.head(task)))
-        merged.install(task, state)
-    return merged.train(source.training)
+    def direction(self, how: str) -> Vector:
+        """What a rule adds to the base: of parameters its direction, of statistics their mean."""
+        summed, count = total(self._vectors)
+        found = {name: summed[name] / count for name in self.base.statistics}
+        if how == "ties" and count > 1:  # one task alone has nothing to be trimmed for
+            return found | ties(self._parameters, self.density)
+        divide = count if how == "average" else 1
+        return found | {name: summed[name] / divide for name in self.base.parameters}
 
+    def at(self, direction: Vector, scale: float) -> MultiTaskModel:
+        """The model whose base went so far in the direction; its statistics go all the way."""
+        if len(self.names) == 1 and scale == 1.0:
+            # The task itself: theta_0 + (theta_t - theta_0) would round.
+            return self._merged(task_tensors(self.model, self.names[0], self.base))
+        steps = {name: scale * direction[name] for name in self.base.parameters}
+        steps |= {name: direction[name] for name in self.base.statistics}
+        start = {**self.base.parameters, **self.base.statistics}
+        return self._merged({n: (precise(t) + steps[n]).to(t.dtype) for n, t in start.items()})
 
-def _try(
-    model: MultiTaskModel,
-    tasks: Sequence[str],
-    base: Base,
-    direction: Vector,
-    statistic: Vector,
-    scales: Sequence[float],
-    data: Mapping[str, Any],
-) -> dict[float, dict[str, float]]:
-    """By scale and task, the first metric on validation."""
-    found = {}
-    for scale in scales:
-        merged = merged_model(model, tasks, _tensors(base, direction, statistic, scale))
-        scores = evaluate(merged, {task: data[task] for task in tasks})
-        found[scale] = {task: next(iter(scores[task].values())) for task in tasks}
-    return found
+    def _merged(self, tensors: Vector) -> MultiTaskModel:
+        return merged_model(self.model, self.names, tensors)
 
+    def _vectors(self) -> Iterator[tuple[str, Vector]]:
+        return task_vectors(self.model, self.names, self.base)
 
-def _signed(model: MultiTaskModel, scores: Mapping[str, float]) -> dict[str, float]:
-    """Scores such that larger is better."""
-    named = {
-        task: {next(iter(model.tasks[task].task.metrics), "loss"): value}
-        for task, value in scores.items()
-    }
-    return choosing_scores(model, named)
-
-
-def _warnings(
-    model: MultiTaskModel,
-    best: float,
-    scores: Mapping[float, Mapping[str, float]],
-    baseline: Mapping[float, Mapping[str, float]],
-) -> tuple[str, ...]:
-    found = []
-    if best == max(scores) and len(scores) > 1:
-        found.append(f"The best scale is the largest that was tried, {best}: try larger ones.")
-    if baseline:
-        means = [
-            max(statistics.fmean(_signed(model, s).values()) for s in tried.values())
-            for tried in (scores, baseline)
-        ]
-        if means[1] > means[0]:
-            found.append("Task arithmetic with a scale chosen likewise is better on validation.")
-    return tuple(found)
+    def _parameters(self) -> Iterator[tuple[str, Vector]]:
+        for task, vector in self._vectors():
+            yield task, {name: vector[name] for name in self.base.parameters}

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .vectors import Vector
+from .vectors import Vector, precise
 
 Rule = Literal["average", "task_arithmetic", "ties"]
 Vectors = Callable[[], Iterator[tuple[str, Vector]]]
@@ -45,6 +45,9 @@ def ties(vectors: Vectors, density: float) -> Vector:
         vectors: of the tasks.
         density: in (0, 1].
 
+    Returns:
+        The direction, in float32 where the vectors are in half precision.
+
     Differs from the authors' code in that entries whose sum is exactly 0 elect no sign and stay
     the base's; there they take the sign of the majority of all entries.
     """
@@ -60,10 +63,14 @@ def ties(vectors: Vectors, density: float) -> Vector:
 
 
 def trim(vector: Mapping[str, Tensor], density: float) -> Vector:
-    """The vector with all but its largest entries at 0."""
+    """The vector with all but its largest entries at 0; in float32 if it is in half precision.
+
+    Args:
+        vector: of a task.
+        density: share of the entries that stays, in (0, 1].
+    """
+    vector = {name: precise(change) for name, change in vector.items()}
     sizes = torch.cat([change.abs().flatten() for change in vector.values()])
-    if sizes.dtype in (torch.float16, torch.bfloat16):
-        sizes = sizes.float()  # exact, and kthvalue knows it everywhere
     kept = max(1, round(density * sizes.numel()))
     least = sizes.kthvalue(sizes.numel() - kept + 1).values
     return {n: torch.where(c.abs() >= least, c, 0.0) for n, c in vector.items()}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from weft.core.model import MultiTaskModel
 from weft.core.sites import named_tensors
-from weft.errors import PlanError, TaskError, WeftError, close_matches
+from weft.errors import PlanError, WeftError
 
 Vector = dict[str, Tensor]
 """By name, the change of each floating-point tensor of the base; one name for tied ones."""
@@ -30,32 +30,52 @@ class Base:
 
 
 def base_of(model: MultiTaskModel) -> Base:
-    """The tensors of a model's base; whole numbers are left out, and stay the base's."""
+    """The tensors of a model's base; whole numbers are left out, and stay the base's.
+
+    Raises:
+        PlanError: there are none.
+    """
     trained = {name for name, _ in model.base.named_parameters()}
     found = {n: t.detach() for n, t in named_tensors(model.base) if t.is_floating_point()}
-    return Base(
+    base = Base(
         {name: tensor for name, tensor in found.items() if name in trained},
         {name: tensor for name, tensor in found.items() if name not in trained},
     )
+    if not base.parameters:
+        raise PlanError("The base has no floating-point parameters: there is nothing to merge.")
+    return base
 
 
-def check_tasks(model: MultiTaskModel, tasks: Sequence[str]) -> tuple[str, ...]:
-    """The tasks to merge, if they can be.
+def precise(tensor: Tensor) -> Tensor:
+    """The tensor in float32 if it is in half precision, where sums over tasks lose digits."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def task_tensors(model: MultiTaskModel, task: str, base: Base) -> Vector:
+    """What a task uses in the place of each tensor of the base.
+
+    What adapters add is folded into the weights beside them.
+
+    Args:
+        model: holds the task.
+        task: its name.
+        base: of the model.
 
     Raises:
-        TaskError: one is unknown or named twice, or there is none.
+        PlanError: the task has no plain form of the base's class.
     """
-    for name in tasks:
-        if name not in model.task_names:
-            raise TaskError(
-                f"There is no task '{name}' to merge. Tasks: {', '.join(model.task_names)}."
-                + close_matches(name, model.task_names)
-            )
-    if len(set(tasks)) < len(tasks):
-        raise TaskError(f"Tasks are named twice: {', '.join(tasks)}. Name each once.")
-    if not tasks:
-        raise TaskError("There is no task to merge. Name at least one.")
-    return tuple(tasks)
+    try:
+        plain = dict(named_tensors(model.fold(task)))
+    except WeftError as error:
+        raise PlanError(f"'{task}' cannot be merged: {error}") from error
+    known = dict(named_tensors(model.base))
+    added = [name for name in plain if name not in known]
+    if added:
+        raise PlanError(
+            f"'{task}' cannot be merged: folding it adds tensors that the base does not have, "
+            f"first '{added[0]}'. Merge tasks that change the base's own tensors."
+        )
+    return {name: plain[name].detach() for name in (*base.parameters, *base.statistics)}
 
 
 def task_vectors(
@@ -63,27 +83,23 @@ def task_vectors(
 ) -> Iterator[tuple[str, Vector]]:
     """The vectors of tasks, one at a time, parameters and statistics together.
 
-    What adapters add is folded into the weights beside them.
-
     Args:
         model: holds the tasks.
         tasks: their names.
         base: of the model.
 
+    Returns:
+        Names and vectors, in float32 where the base is in half precision.
+
     Raises:
-        PlanError: a task has no plain form of the base's class.
+        PlanError: as for `task_tensors`.
     """
     start = {**base.parameters, **base.statistics}
-    for name in tasks:
-        try:
-            plain = dict(named_tensors(model.fold(name)))
-        except WeftError as error:
-            raise PlanError(f"'{name}' cannot be merged: {error}") from error
-        added = [key for key in plain if key not in dict(named_tensors(model.base))]
-        if added:
-            raise PlanError(
-                f"'{name}' cannot be merged: folding it adds tensors that the base does not have, "
-                f"first '{added[0]}'. Merge tasks that change the base's own tensors."
-            )
-        with torch.no_grad():
-            yield name, {key: plain[key].detach() - tensor for key, tensor in start.items()}
+    for task in tasks:
+        own = task_tensors(model, task, base)
+        yield task, {name: _change(own[name], tensor) for name, tensor in start.items()}
+
+
+def _change(after: Tensor, before: Tensor) -> Tensor:
+    """Their difference; 0 where they agree, also at infinity, as in a mask of attention."""
+    return torch.where(after == before, 0.0, precise(after) - precise(before))
