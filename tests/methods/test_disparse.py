@@ -284,6 +284,21 @@ def test_a_weight_goes_only_if_all_tasks_let_it_go() -> None:
     assert keep["b"]["head:h"].tolist() == [False]
 
 
+@pytest.mark.parametrize("sparsity", [0.1, 0.29, 0.31, 0.5, 0.69, 0.72, 0.9])
+def test_without_ties_the_number_of_zeros_is_the_nearest_that_there_is(sparsity: float) -> None:
+    torch.manual_seed(0)
+    places_of = torch.randperm(22).double().add(1).div(22)  # no two tasks have a place in common
+    ranked = {
+        "a": {"w": places_of[:8], "head:h": places_of[8:11]},
+        "b": {"w": places_of[11:19], "head:h": places_of[19:]},
+    }
+    keep = arbitrate(ranked, sparsity)
+    shared = keep["a"]["w"] | keep["b"]["w"]
+    heads = sum(int(of["head:h"].sum()) for of in keep.values())
+    zeros_of = 14 - int(shared.sum()) - heads
+    assert abs(zeros_of - 14 * sparsity) <= 0.5
+
+
 def test_places_order_the_weights_of_all_layers_together() -> None:
     found = places({"u": torch.tensor([[3.0, 0.0]]), "v": torch.tensor([5.0, 0.0])})
     assert found["u"].tolist() == [[0.5, 0.75]]  # equal scores in order
