@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -48,11 +49,22 @@ def unlabelled(config: Config, data: Path, task: str) -> Any:
 
 
 def ways(
-    config: Config, model: weft.MultiTaskModel, val: Config, images: Config
+    config: Config, model: weft.MultiTaskModel, val: Config, images: Config, rate: str
 ) -> dict[str, Callable[[], Merged]]:
-    """Every way to merge."""
+    """Every way to merge, those without labels at one of the rates."""
     stated = {k: v for k, v in config["unlabelled"].items() if k != "batch_size"}
+    stated |= config["rates"][rate]
     blind = partial(concrete, model, images, seed=config["seed"], progress=False, **stated)
+    arithmetic = {
+        "task arithmetic, 0.3": partial(merge, model, scale=0.3),
+        "concrete task arithmetic": partial(blind, form="task_arithmetic"),
+        "concrete task arithmetic, diversity": partial(
+            blind, form="task_arithmetic", diversity=1.0
+        ),
+        "AdaMerging, layer-wise": partial(blind, form="layer_wise", masked=False),
+    }
+    if rate == "slow":
+        return arithmetic
 
     def best_ties() -> Merged:
         found = [
@@ -61,16 +73,10 @@ def ways(
         ]
         return max(found, key=lambda m: statistics.fmean(m.scores[m.scale].values()))
 
-    return {
+    return arithmetic | {
         "average": partial(merge, model, how="average"),
-        "task arithmetic, 0.3": partial(merge, model, scale=0.3),
         "task arithmetic, tuned": partial(merge, model, data=val, scales=config["scales"]),
         "TIES, tuned": best_ties,
-        "concrete task arithmetic": partial(blind, form="task_arithmetic"),
-        "concrete task arithmetic, diversity": partial(
-            blind, form="task_arithmetic", diversity=1.0
-        ),
-        "AdaMerging, layer-wise": partial(blind, form="layer_wise", masked=False),
         "concrete, layer-wise": partial(blind, form="layer_wise"),
         "concrete, layer-wise, diversity": partial(blind, form="layer_wise", diversity=1.0),
     }
@@ -87,8 +93,8 @@ def scores(model: weft.MultiTaskModel, read: dict[str, Any]) -> Config:
     }
 
 
-def run_cell(config: Config, data: Path, seed: int) -> Config:
-    """Fine-tune with one seed, and merge in every way."""
+def run_cell(config: Config, data: Path, seed: int, rate: str) -> Config:
+    """Fine-tune with one seed, and merge in every way at one of the rates."""
     started = time.perf_counter()
     config = {**config, "seed": seed}
     torch.manual_seed(seed)
@@ -97,7 +103,7 @@ def run_cell(config: Config, data: Path, seed: int) -> Config:
     val = {task: batches["val"] for task, (_, batches) in read.items()}
     images = {task: unlabelled(config, data, task) for task in read}
     found: Config = {"individual": scores(model, read)}
-    for name, way in ways(config, model, val, images).items():
+    for name, way in ways(config, model, val, images, rate).items():
         torch.manual_seed(seed)
         began = time.perf_counter()
         merged = way()
@@ -107,7 +113,7 @@ def run_cell(config: Config, data: Path, seed: int) -> Config:
             "warnings": list(merged.warnings),
             "seconds": time.perf_counter() - began,
         }
-    return {"seed": seed, "ways": found, "seconds": time.perf_counter() - started}
+    return {"seed": seed, "rate": rate, "ways": found, "seconds": time.perf_counter() - started}
 
 
 def show(folder: Path) -> None:
@@ -115,12 +121,17 @@ def show(folder: Path) -> None:
     from sharing_tables import spread
 
     results = [fleet.json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
-    print("| | test, mean | validation, mean | collapsed |\n|---|---|---|---|")
-    for name in results[0]["ways"] if results else ():
-        rows = [r["ways"][name] for r in results]
+    print("| | rate | test, mean | validation, mean | collapsed |\n|---|---|---|---|---|")
+    found: dict[tuple[str, str], list[Config]] = defaultdict(list)
+    for result in results:
+        for name, scored in result["ways"].items():
+            found[name, result["rate"]].append(scored)
+    for (name, rate), rows in found.items():
         means = {s: [100 * statistics.fmean(r[s].values()) for r in rows] for s in ("test", "val")}
         collapsed = sum(any("collapsed" in w for w in r.get("warnings", ())) for r in rows)
-        print(f"| {name} | {spread(means['test'])} | {spread(means['val'])} | {collapsed} |")
+        print(
+            f"| {name} | {rate} | {spread(means['test'])} | {spread(means['val'])} | {collapsed} |"
+        )
 
 
 def main() -> None:
@@ -135,7 +146,7 @@ def main() -> None:
         config |= {"scales": [0.3, 1.0], "densities": [0.2]}
         config["unlabelled"] |= {"steps": 2, "scale_steps": 2}
         out = out.with_name(out.name + "-smoke")
-    cells = [(seed,) for seed in config["seeds"]]
+    cells = [(seed, rate) for rate in config["rates"] for seed in config["seeds"]]
     fleet.run(partial(run_cell, config, given.data), cells, out, given.jobs)
     show(out)
 
