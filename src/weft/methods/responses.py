@@ -15,11 +15,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from weft.core.channels import is_plain, output_channels
+from weft.core.kernels import has_hooks
 from weft.core.rows import call_arguments
 from weft.core.sites import Kind, sites
 from weft.errors import DataError
 
 LAYERS = (Kind.LAYER, Kind.DEPTHWISE)
+
+_ASK = ("size", "dim", "stride", "numel", "is_contiguous", "is_floating_point", "ndimension")
+"""Functions of tensors that read no number in them."""
 
 
 @dataclass
@@ -31,7 +35,7 @@ class Seen:
         total: their sum, (out,).
         products: of their outer products, (out, out).
         norm: name of the normalisation with statistics that is the only one to read them, and reads
-            nothing else; None if there is none.
+            nothing else; None if there is none, or if that cannot be seen.
     """
 
     count: int
@@ -70,8 +74,8 @@ def layer_responses(base: nn.Module, batches: Iterable[Any]) -> dict[str, Seen]:
         batches: inputs, or pairs of inputs and targets; a tuple or dict of inputs is spread out.
 
     Returns:
-        By layer, its sums. Left out are grouped convolutions and layers of other libraries, whose
-        answers need not be linear in their weights.
+        By layer, its sums. Left out are grouped convolutions, and layers with hooks or of other
+        libraries, whose answers need not be linear in their weights.
 
     Raises:
         DataError: no batch, or answers that are no numbers.
@@ -81,20 +85,23 @@ def layer_responses(base: nn.Module, batches: Iterable[Any]) -> dict[str, Seen]:
             "rcm(responses=...) is batches of inputs, found one tensor. Give it as responses=[x]."
         )
     network = copy.deepcopy(base).eval()
+    scripted = any(isinstance(module, torch.jit.ScriptModule) for module in network.modules())
     watch = _Watch()
     for site in sites(network):
         module = network.get_submodule(site.name)
         channels = output_channels(module)
+        if not is_plain(module) or has_hooks(module):
+            continue  # it may do more than its class says
         if site.statistics:
             watch.normalisation(site.name, module)
-        elif site.kind in LAYERS and channels and outputs_first(module) and is_plain(module):
+        elif site.kind in LAYERS and channels and outputs_first(module):
             watch.layer(site.name, module, channels.axis)
     given = 0
     for batch in batches:
         given += 1
         x = batch[0] if isinstance(batch, (tuple, list)) else batch
         args, kwargs = call_arguments((x,), {})
-        with watch:
+        with watch, torch.compiler.set_stance("force_eager"):
             outputs = network(*args, **kwargs)
         watch.end(outputs)
     if not given:
@@ -105,7 +112,8 @@ def layer_responses(base: nn.Module, batches: Iterable[Any]) -> dict[str, Seen]:
             raise DataError(
                 f"rcm(responses=...): the layer '{name}' answers with {what}. Check the inputs."
             )
-        seen.norm = watch.only_reader(name)
+        # What a scripted module reads cannot be seen.
+        seen.norm = None if scripted else watch.only_reader(name)
     return watch.seen
 
 
@@ -141,8 +149,9 @@ class _Watch(TorchFunctionMode):
     def normalisation(self, name: str, module: nn.Module) -> None:
         """Note which layer a normalisation reads."""
 
-        def begin(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-            layer = self._answers[id(inputs[0])][0] if id(inputs[0]) in self._answers else None
+        def begin(_: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+            (x,) = (*inputs, *named.values())
+            layer = self._answers[id(x)][0] if id(x) in self._answers else None
             self._reads.setdefault(name, set()).add(layer)
             if layer is not None:
                 self._read_by.setdefault(layer, set()).add(name)
@@ -151,7 +160,7 @@ class _Watch(TorchFunctionMode):
         def end(_: nn.Module, __: Any, ___: Any) -> None:
             self._inside = False
 
-        module.register_forward_pre_hook(begin)
+        module.register_forward_pre_hook(begin, with_kwargs=True)
         module.register_forward_hook(end)
 
     def __torch_function__(
@@ -163,8 +172,10 @@ class _Watch(TorchFunctionMode):
     ) -> Any:
         given = dict(kwargs or {})
         result = func(*args, **given)
-        # Asking for a shape or a type reads nothing.
-        if not self._inside and any(isinstance(r, Tensor) for r in pytree.tree_leaves(result)):
+        # An attribute such as shape reads nothing; one that is a tensor, such as T, does.
+        asks = func.__name__ in _ASK
+        asks = asks or (func.__name__ == "__get__" and not isinstance(result, Tensor))
+        if not self._inside and not asks:
             self._note_readers((args, given))
         return result
 
