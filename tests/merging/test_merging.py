@@ -263,3 +263,24 @@ def test_a_name_is_one_task_and_not_its_letters() -> None:
         model.add_task(name, weft.Classification(3))
     assert merge(model, "ab").model.task_names == ("ab",)
     assert merge(model, iter(["b", "a"])).model.task_names == ("b", "a")
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.linear(x).relu()
+
+
+def test_a_task_that_skips_a_part_of_the_base_is_refused() -> None:
+    base, x = nn.Sequential(Block(), Block()), torch.randn(3, 4)
+    model = weft.MultiTaskModel(base, weft.adashare(base, example=x), example=x)
+    for task in "ab":
+        model.add_task(task, weft.Classification(2))
+    for key, tensor in model.tasks["b"].own.items():
+        if key.endswith("execute"):
+            tensor.zero_()
+    with pytest.raises(PlanError, match=r"'b' cannot be merged: folding it drops .*0.linear"):
+        merge(model.eval(), scale=0.3)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import weft
 from weft.core.structure import SLOT
-from weft.errors import PlanError
+from weft.errors import BankError, PlanError
 from weft.methods.bora import MEAN
 from weft.penalties import TieToMean
 
@@ -171,6 +171,7 @@ def test_any_own_tensors_can_be_tied_and_are_stored(tmp_path: Path) -> None:
     base = net()
     plan = weft.tie_to_mean(weft.bias_only(base), base, 5.0)
     assert set(plan.created) == {MEAN + "0.bias", MEAN + "2.bias"}
+    assert plan.options["tie_to_mean"]["tau"] == 5.0
     model = trained(plan, base)
     bank = weft.Bank(tmp_path / "bank")
     bank.save(model)
@@ -203,6 +204,25 @@ def test_a_new_task_is_tied_to_the_mean_of_the_others_which_stays(form: Any) -> 
 
 def nothing(output: Tensor, target: Tensor) -> Tensor:  # noqa: ARG001
     return 0.0 * output.sum()
+
+
+def test_a_stored_task_with_a_given_mean_trains_on_by_its_own_plan(tmp_path: Path) -> None:
+    base = net()
+    plans = [weft.bora(base, r=2, mean=mean) for mean in ("trained", "given")]  # type: ignore[arg-type]
+    model = trained(plans[0], base)
+    model.add_task("new", weft.Classification(2), sharing=plans[1])
+    bank = weft.Bank(tmp_path / "bank")
+    bank.save(model)
+    with pytest.raises(PlanError, match="or a list of plans"):
+        weft.fit(bank.load(base), {"new": rows(2)}, epochs=1, progress=False)
+    loaded = bank.load(base, sharing=plans)
+    assert [loaded.plan(task) for task in ("a", "b", "new")] == [plans[0], plans[0], plans[1]]
+    for one in (model, loaded):
+        weft.fit(one, {"new": rows(2)}, epochs=2, progress=False)
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], tensor), key
+    with pytest.raises(BankError, match="found an empty list"):
+        bank.load(base, sharing=[])
 
 
 @pytest.mark.parametrize(
@@ -319,6 +339,9 @@ def test_joined_tasks_train_together_or_on_demand() -> None:
     ("options", "said"),
     [
         ({"mean": "known"}, "'trained' or 'given'"),
+        ({"tau": "10"}, "tau is a precision"),
+        ({"rows": None}, "rows is a number over 0"),
+        ({"joined": "no"}, "joined is True or False"),
         ({"tau": -1.0}, "tau is a precision"),
         ({"tau": float("inf")}, "tau is a precision"),
         ({"rows": 0.0}, "rows is a number over 0"),

@@ -438,6 +438,7 @@ def test_targets_choose_what_has_a_gate() -> None:
     kinds = [type(plan.adapters[b]) for b in BLOCKS]
     assert kinds == [BlockPolicy, BlockPolicy, InstanceGate, InstanceGate]
     assert plan.adapters["blocks.2"] == InstanceGate(6, 1)
+    assert [plan.adapters[b].trains_shared for b in BLOCKS] == [False, False, True, True]
     assert plan.options["target"] == (1.0, 1.0, 0.55, 0.55)
     rate = plan.penalties[2]
     assert rate == GateRate(25.0, (("blocks.2", 0.55), ("blocks.3", 0.55)), 4)

@@ -350,6 +350,10 @@ def test_a_task_that_is_tied_to_a_mean_leaves_it_behind(tmp_path: Path) -> None:
     load_peft(again, "a", tmp_path, PASS)
     for key, tensor in model.tasks["a"].own.items():
         assert torch.equal(again.tasks["a"].own[key], tensor)
+    # A plan that charges is none of PEFT's, though what it owns is the same.
+    model.add_task("given", PASS, sharing=weft.bora(base, tau=2.0, r=4, mean="given"))
+    load_peft(model, "plain", tmp_path, PASS)
+    assert not model.plan("plain").penalties
 
 
 def test_tasks_that_are_no_lora_are_refused(tmp_path: Path) -> None:

@@ -47,6 +47,10 @@ class InstanceGate(Insertion):
     decision: Decision = "argmax"
     width: int = 16
 
+    @property
+    def trains_shared(self) -> bool:
+        return True
+
     def build(self, site: nn.Module) -> Adapter:
         gate = Gate(self.channels, self.channel_dim, self.width)
         return GatedPolicy(site, self.shortcut, self.evaluation, gate, self.decision)

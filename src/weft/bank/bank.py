@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -227,7 +227,7 @@ class Bank:
         *tasks: str,
         heads: Mapping[str, nn.Module] | None = None,
         custom_tasks: Mapping[str, Task] | None = None,
-        sharing: Sharing | None = None,
+        sharing: Sharing | Sequence[Sharing] | None = None,
         example: Any = None,
         output: Output = None,
         allow_other_base: bool = False,
@@ -240,8 +240,9 @@ class Bank:
             tasks: which ones, in this order; all, in the order of `tasks`, if none are named.
             heads: by task, modules for heads of one's own; they are copied and filled.
             custom_tasks: by task, the `Task` with a loss and metric (and head) of one's own.
-            sharing: the plan to train on with. Plans come back from the bank except for their
-                code (charges, functions of phases): without this, such plans refuse to train.
+            sharing: the plan to train on with, or the model's and those of tasks that have others.
+                Plans come back from the bank except for their code (charges, functions of phases):
+                without this, such plans refuse to train.
             example: as for `MultiTaskModel`.
             output: as for `MultiTaskModel`; a name or index comes back by itself.
             allow_other_base: accept a base whose values, types or names differ, as long as the
@@ -267,6 +268,9 @@ class Bank:
                     f"A head or task was handed in for '{given}', which is not loaded."
                     + close_matches(given, names)
                 )
+        plans = (sharing,) if sharing is None or isinstance(sharing, Sharing) else tuple(sharing)
+        if not plans:
+            raise BankError("sharing is a plan or some of them, found an empty list.")
         bundles = {name: self._loader.read(name, verify=verify) for name in names}
         if not tasks:
             with well_formed(names[0]):
@@ -274,7 +278,7 @@ class Bank:
         model = self._loader.model(
             base,
             bundles,
-            sharing=sharing,
+            sharing=plans[0],
             example=example,
             output=output,
             marks=None if allow_other_base else self._marks.marks(base, anew=True),
@@ -282,7 +286,12 @@ class Bank:
         )
         for name, bundle in bundles.items():
             self._loader.add(
-                model, bundle, heads.get(name), custom.get(name), fits=not allow_other_base
+                model,
+                bundle,
+                heads.get(name),
+                custom.get(name),
+                plans=[plan for plan in plans if plan is not None],
+                fits=not allow_other_base,
             )
         return model
 
@@ -314,4 +323,4 @@ class Bank:
         bundle = self._loader.read(task, verify=verify)
         with well_formed(task):
             self._loader.check(model, bundle, base=not allow_other_base)
-        self._loader.add(model, bundle, head, custom_task, fits=not allow_other_base)
+        self._loader.add(model, bundle, head, custom_task, plans=(), fits=not allow_other_base)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -137,6 +137,7 @@ class Loader:
         head: nn.Module | None,
         task: Task | None,
         *,
+        plans: Iterable[Sharing],
         fits: bool,
     ) -> None:
         """Make a bundle a task of a model.
@@ -146,6 +147,7 @@ class Loader:
             bundle: the bundle.
             head: a head that was handed in.
             task: a task that was handed in.
+            plans: those that were handed in.
             fits: whether the model's base is known to be the bundle's.
 
         Raises:
@@ -153,17 +155,18 @@ class Loader:
         """
         name = bundle.entry["task"]
         with well_formed(name):
-            plan = self._plan_for(model, bundle)
+            plan = self._plan_for(model, bundle, plans)
             state = restore(bundle, plan, task=task, head=head)
             if not fits:
                 check_fit(model, state, name)
             install(model, bundle, state)
 
-    def _plan_for(self, model: MultiTaskModel, bundle: Bundle) -> Sharing:
-        """The model's plan if it is the bundle's, otherwise one that its equals share."""
+    def _plan_for(self, model: MultiTaskModel, bundle: Bundle, plans: Iterable[Sharing]) -> Sharing:
+        """The bundle's plan: the model's or one handed in, otherwise one that its equals share."""
         entry = bundle.entry["plan"]
-        if self._plans.same(model.sharing, entry):
-            return model.sharing
+        for plan in (model.sharing, *plans):
+            if self._plans.same(plan, entry):
+                return plan
         if entry["created"] or entry["train_shared"]:
             raise BankError(
                 f"'{bundle.entry['task']}' shares tensors by the plan '{entry['method']}', which "

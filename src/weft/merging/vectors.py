@@ -69,12 +69,12 @@ def task_tensors(model: MultiTaskModel, task: str, base: Base) -> Vector:
     except WeftError as error:
         raise PlanError(f"'{task}' cannot be merged: {error}") from error
     known = dict(named_tensors(model.base))
-    added = [name for name in plain if name not in known]
-    if added:
-        raise PlanError(
-            f"'{task}' cannot be merged: folding it adds tensors that the base does not have, "
-            f"first '{added[0]}'. Merge tasks that change the base's own tensors."
-        )
+    for these, those, what in ((plain, known, "adds"), (known, plain, "drops")):
+        if apart := [name for name in these if name not in those]:
+            raise PlanError(
+                f"'{task}' cannot be merged: folding it {what} tensors, first '{apart[0]}'. Merge "
+                "tasks that only change the base's own tensors."
+            )
     return {name: plain[name].detach() for name in (*base.parameters, *base.statistics)}
 
 

@@ -6,7 +6,6 @@ Models", 2024, https://arxiv.org/abs/2407.15857.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
@@ -22,7 +21,7 @@ from weft.errors import PlanError
 from weft.patches.low_rank import LowRankSum, common_keys
 from weft.penalties import TieToMean
 
-from .lora import lora
+from .lora import is_number, lora
 
 Form = Literal["squared", "norm"]
 """Which charge."""
@@ -51,8 +50,8 @@ def bora(
     """LoRA for each task, with the prior theta_t ~ N(Theta, I / tau) on its factors.
 
     The tasks train together on ``sum_t NLL_t(theta_t) + tau / 2 sum_t |theta_t - Theta|^2``, where
-    Theta, the mean, is learned as well. It is not used in the forward. tau = 0 is LoRA for each
-    task alone, without a mean; a large one is the same low-rank change for all tasks.
+    Theta, the mean, is learned as well. It is not used in the forward, unless joined. tau = 0 is
+    LoRA for each task alone, without a mean; a large one is the same low-rank change for all tasks.
 
     The negative log-likelihood of a task is a sum over its rows: a task with many rows heeds the
     prior less. `fit` takes means over rows, so give it ``weights={task: its rows / mean rows}`` and
@@ -93,6 +92,8 @@ def bora(
     plan = lora(base, r=r, alpha=alpha, dropout=dropout, target=target, exclude=exclude)
     options = {key: plan.options[key] for key in ("r", "alpha", "dropout", "target", "exclude")}
     stated = {"tau": tau, **options, "form": form, "rows": rows, "mean": mean, "joined": joined}
+    if not isinstance(joined, bool):
+        raise PlanError(f"joined is True or False, found {joined!r}.")
     if joined:
         tied = _joined(plan, base, tau, form, rows, mean)
     else:
@@ -139,7 +140,9 @@ def tie_to_mean(
     trained = mean == "trained"
     means = {MEAN + key: Created(t.detach().clone()) for key, t in start.items()} if trained else {}
     charge = TieToMean(tau / rows, tuple(start), MEAN, form, trained)
-    return replace(plan, created=means, penalties=(*plan.penalties, charge))
+    stated = {"tau": tau, "form": form, "rows": rows, "mean": mean}
+    options = {**plan.options, "tie_to_mean": stated}
+    return replace(plan, options=options, created=means, penalties=(*plan.penalties, charge))
 
 
 def _joined(
@@ -172,9 +175,9 @@ def _joined(
 
 
 def _check(tau: float, form: str, rows: float, mean: str) -> None:
-    if not 0.0 <= tau < math.inf:
+    if not is_number(tau) or tau < 0.0:
         raise PlanError(f"tau is a precision of at least 0, found {tau!r}.")
-    if not 0.0 < rows < math.inf:
+    if not is_number(rows) or rows <= 0.0:
         raise PlanError(f"rows is a number over 0, found {rows!r}.")
     if form not in ("squared", "norm"):
         raise PlanError(f"form is 'squared' or 'norm', found {form!r}.")

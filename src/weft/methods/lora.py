@@ -218,15 +218,16 @@ def is_rank(value: object) -> bool:
 
 def is_numerator(value: object) -> bool:
     """Whether something is a finite number other than 0."""
-    return _is_number(value) and value != 0
+    return is_number(value) and value != 0
 
 
 def is_probability(value: object) -> bool:
     """Whether something is a number in [0, 1)."""
-    return _is_number(value) and 0.0 <= value < 1.0
+    return is_number(value) and 0.0 <= value < 1.0
 
 
-def _is_number(value: object) -> TypeGuard[float]:
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether something is a finite number."""
     if not isinstance(value, Real) or isinstance(value, bool):
         return False
     try:

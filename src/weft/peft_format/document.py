@@ -18,13 +18,6 @@ TENSORS = "adapter_model.safetensors"
 Names = tuple[str, ...] | str
 """Names of modules or what they end with, or a regular expression for whole names."""
 
-KNOWN = {
-    *("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern"),
-    *("modules_to_save", "bias", "peft_type", "init_lora_weights", "target_modules"),
-    *("exclude_modules", "layers_to_transform", "layers_pattern"),
-}
-"""What is read."""
-
 NO_MATTER = {
     *("auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config"),
     *("fan_in_fan_out", "inference_mode", "loftq_config", "megatron_core", "peft_version"),
@@ -179,6 +172,9 @@ _FORMS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     ),
 }
 """By key, what a value must be. All but the first two may be null or missing."""
+
+KNOWN = {*_FORMS, "bias", "peft_type", "init_lora_weights"}
+"""What is read."""
 
 
 def _check_forms(found: Mapping[str, Any], path: Path) -> None:

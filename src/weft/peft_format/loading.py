@@ -159,7 +159,8 @@ def _known(
     """A plan of the model by which a task owns just this, if there is one."""
     patches = dict.fromkeys(whole, Replace())
     for plan in dict.fromkeys([model.sharing, *map(model.plan, model.task_names)]):
-        if plan.only_owns and dict(plan.adapters) == layers and dict(plan.patches) == patches:
+        plain = plan.only_owns and not plan.penalties
+        if plain and dict(plan.adapters) == layers and dict(plan.patches) == patches:
             return plan
     return None
 
