@@ -4,7 +4,8 @@ A small causal transformer learns the next word on movie reviews (SST-5). Every 
 (TREC: abbreviations, descriptions, entities, people, places, numbers) is a task with low-rank
 factors of its own; three have 50 questions to train on and three have 400. tau is in units of a
 token's log-likelihood; 0 is LoRA for each kind alone, the largest is one change for all kinds. The
-epoch that is best on validation is kept, and the rest of each kind is the test.
+epoch that is best on validation is kept, and the rest of each kind is the test. "pooled" is one
+LoRA that learns all kinds as one task, the limit of a large tau without its prior.
 
 Run with: python bench/claims/bora_text.py --data DIR   (finished seeds are never run again)
 """
@@ -34,6 +35,7 @@ from weft.methods.bora import MEAN
 
 HERE = Path(__file__).parent
 SEEDS = (0, 1, 2)
+WAYS = ("prior", "pooled")
 TAUS = (0.0, 0.1, 1.0, 10.0, 100.0, 1000.0, 1e4)
 ROWS = {"ABBR": 50, "LOC": 50, "NUM": 50, "DESC": 400, "ENTY": 400, "HUM": 400}
 SMALL, LARGE = tuple(ROWS)[:3], tuple(ROWS)[3:]
@@ -42,6 +44,7 @@ PAD, START, END, UNKNOWN = range(4)
 
 Rows = tuple[Tensor, Tensor]
 Config = dict[str, Any]
+Parts = dict[str, dict[str, Rows]]
 
 
 class Layer(nn.Module):
@@ -125,9 +128,7 @@ def language_model(reviews: Rows, config: Config) -> nn.Module:
     return model.eval().fold("reviews")
 
 
-def adapted(
-    base: nn.Module, tau: float, parts: dict[str, dict[str, Rows]], config: Config
-) -> weft.MultiTaskModel:
+def adapted(base: nn.Module, tau: float, parts: Parts, config: Config) -> weft.MultiTaskModel:
     """The tasks, trained together under the prior, at their epochs that are best on validation."""
     tokens = {kind: int((target != PAD).sum()) for kind, (_, target) in parts["train"].items()}
     average = statistics.fmean(tokens.values())
@@ -170,8 +171,8 @@ def split(kinds: dict[str, list[str]], seed: int) -> dict[str, dict[str, list[st
     return parts
 
 
-def run_cell(config: Config, data: Path, seed: int) -> Config:
-    """All precisions for one base and one way to split the questions."""
+def run_cell(config: Config, data: Path, seed: int, way: str) -> Config:
+    """All precisions, or one LoRA for all, over one base and one way to split the questions."""
     started = time.perf_counter()
     config = {**config, "seed": seed}
     reviews, kinds = read(data)
@@ -184,7 +185,14 @@ def run_cell(config: Config, data: Path, seed: int) -> Config:
     }
     torch.manual_seed(seed)
     base = language_model(encode(reviews, places), config).eval()
-    found: list[Config] = [{"tau": None, "test": losses(lambda x, _: base(x), parts["test"])}]
+    make = pooled if way == "pooled" else prior
+    found = make(base, parts, config)
+    return {"seed": seed, "found": found, "seconds": time.perf_counter() - started}
+
+
+def prior(base: nn.Module, parts: Parts, config: Config) -> list[Config]:
+    """The base alone, and what each precision comes to."""
+    found: list[Config] = [{"tau": "the base", "test": losses(lambda x, _: base(x), parts["test"])}]
     for tau in config["taus"]:
         model = adapted(base, tau, parts, config)
         apart = {
@@ -197,7 +205,21 @@ def run_cell(config: Config, data: Path, seed: int) -> Config:
             for part in ("val", "test")
         }
         found.append({"tau": tau, "apart": apart, **scores})
-    return {"seed": seed, "found": found, "seconds": time.perf_counter() - started}
+    return found
+
+
+def pooled(base: nn.Module, parts: Parts, config: Config) -> list[Config]:
+    """One LoRA for the questions of all kinds, as one task."""
+    together = {
+        part: {"all": (torch.cat([x for x, _ in rows.values()]),
+                       torch.cat([y for _, y in rows.values()]))}
+        for part, rows in parts.items()
+    }  # fmt: skip
+    model = adapted(base, 0.0, together, config)
+    scores = {
+        part: losses(lambda x, _: model(x, task="all"), parts[part]) for part in ("val", "test")
+    }
+    return [{"tau": "pooled", **scores}]
 
 
 def means(model: weft.MultiTaskModel) -> dict[str, Tensor]:
@@ -216,20 +238,19 @@ def perplexity(found: dict[str, float], kinds: Iterable[str]) -> float:
 
 def show(folder: Path) -> None:
     """Perplexities as a Markdown table."""
-    results = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
     print("| tau | 50 questions | 400 questions | all | all, validation | distance to the mean |")
     print("|---|---|---|---|---|---|")
-    for runs in zip(*(result["found"] for result in results), strict=True):
-        groups: list[list[float]] = [
-            [perplexity(run["test"], kinds) for run in runs] for kinds in (SMALL, LARGE, ROWS)
-        ]
-        tau = runs[0]["tau"]
-        if tau is not None:
-            groups.append([perplexity(run["val"], ROWS) for run in runs])
-            groups.append([statistics.fmean(run["apart"].values()) for run in runs])
-        print(
-            f"| {'the base' if tau is None else f'{tau:g}'} |", *(f"{spread(g)} |" for g in groups)
-        )
+    for way in WAYS:
+        files = sorted(folder.glob(f"*-{way}.json"))
+        results = [json.loads(file.read_text())["found"] for file in files]
+        for runs in zip(*results, strict=True):
+            groups: list[list[float]] = [
+                [perplexity(run["test"], kinds) for run in runs] for kinds in (SMALL, LARGE, ROWS)
+            ]
+            groups += [[perplexity(r["val"], ROWS) for r in runs]] if "val" in runs[0] else []
+            if "apart" in runs[0]:
+                groups.append([statistics.fmean(run["apart"].values()) for run in runs])
+            print(f"| {runs[0]['tau']} |", *(f"{spread(group)} |" for group in groups))
 
 
 def main() -> None:
@@ -238,10 +259,11 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="a few steps, one seed")
     given = parser.parse_args()
     config: Config = {"base_epochs": 10, "epochs": 30, "rank": 8, "lr": 0.003, "steps": None}
-    config["taus"], cells, out = TAUS, [(seed,) for seed in SEEDS], given.out
+    config["taus"], out = TAUS, given.out
+    cells = [(seed, way) for way in WAYS for seed in SEEDS]
     if given.smoke:
         config |= {"base_epochs": 1, "epochs": 2, "steps": 2, "taus": (0.0, 1.0)}
-        cells, out = cells[:1], out.with_name(out.name + "-smoke")
+        cells, out = [(0, way) for way in WAYS], out.with_name(out.name + "-smoke")
     fleet.run(partial(run_cell, config, given.data), cells, out, given.jobs)
     show(out)
 
