@@ -250,7 +250,9 @@ def show(folder: Path) -> None:
             groups += [[perplexity(r["val"], ROWS) for r in runs]] if "val" in runs[0] else []
             if "apart" in runs[0]:
                 groups.append([statistics.fmean(run["apart"].values()) for run in runs])
-            print(f"| {runs[0]['tau']} |", *(f"{spread(group)} |" for group in groups))
+            tau = runs[0]["tau"]
+            name = tau if isinstance(tau, str) else f"{tau:g}"
+            print(f"| {name} |", *(f"{spread(group)} |" for group in groups))
 
 
 def main() -> None:
