@@ -149,36 +149,57 @@ def run_cell(
 
 
 def table(config: Config, out: Path) -> None:
-    """Means and standard deviations over seeds, and Delta_T against the dense network."""
+    """Means and standard deviations over seeds as Markdown, and Delta_T against the dense network.
+
+    Delta_T is the mean over tasks of the mean relative change of their metrics, in %; better is
+    positive.
+    """
+    from sharing_tables import spread
+
     cells: dict[tuple[str, str, float], list[Config]] = defaultdict(list)
     for file in sorted(out.glob("*.json")):
         found = json.loads(file.read_text())
         cells[found["data"], found["method"], found["sparsity"]].append(found)
-    for (name, method, sparsity), runs in sorted(cells.items()):
-        metrics = config["data"][name]["reference"]
-        deltas = []
-        for run in runs:
-            (dense,) = (d for d in cells[name, "dense", 0.0] if d["seed"] == run["seed"])
-            changes = []
-            for task, chosen in metrics.items():
-                for metric in chosen:
-                    sign = -1 if metric == "mae" else 1
-                    new, old = run["test"][task][metric], dense["test"][task][metric]
-                    changes.append(sign * 100 * (new - old) / old / len(chosen))
-            deltas.append(sum(changes) / len(metrics))
-        spread = statistics.stdev(deltas) if len(deltas) > 1 else 0.0
-        scores = {
-            f"{task}.{metric}": statistics.mean(run["test"][task][metric] for run in runs)
-            for task, chosen in metrics.items()
-            for metric in chosen
-        }
-        stored = sum(sum(s[k] for s in runs[0]["stored_bytes"].values()) for k in ("own", "head"))
-        stored += next(iter(runs[0]["stored_bytes"].values()))["shared"]
-        words = ", ".join(f"{k} {v:.4f}" for k, v in scores.items())
-        print(
-            f"{name} {method} {sparsity:.0%} ({len(runs)} seeds): Delta_T "
-            f"{statistics.mean(deltas):+.2f} ± {spread:.2f}; {words}; {stored / 1e3:.0f} kB"
+    for name, about in config["data"].items():
+        metrics = about["reference"]
+        titles = [f"{task}, {metric}" for task, chosen in metrics.items() for metric in chosen]
+        titles = ["zeros", "Delta_T", *titles, "on disk", "multiply-adds left"]
+        print(f"\n| {name} | {' | '.join(titles)} |\n|{'---|' * (1 + len(titles))}")
+        dense = {run["seed"]: run for run in cells.get((name, "dense", 0.0), ())}
+        mine = sorted((zeros, m) for data, m, zeros in cells if data == name)
+        for sparsity, method in mine:
+            runs = cells[name, method, sparsity]
+            deltas = [delta(run["test"], dense[run["seed"]]["test"], metrics) for run in runs]
+            scores = [
+                spread([100 * run["test"][task][metric] for run in runs], 2)
+                for task, chosen in metrics.items()
+                for metric in chosen
+            ]
+            stored = sum(sum(s[k] for s in runs[0]["stored_bytes"].values()) for k in OWN)
+            stored += next(iter(runs[0]["stored_bytes"].values()))["shared"]
+            left = statistics.mean(map(statistics.mean, (r[LEFT].values() for r in runs)))
+            full = statistics.mean(runs[0]["multiply_adds"].values())
+            cost = [f"{stored / 1e3:.0f} kB", f"{100 * left / full:.0f} %"]
+            parts = [f"{sparsity:.0%}", spread(deltas, 2), *scores, *cost]
+            print(f"| {method} | {' | '.join(parts)} |")
+
+
+OWN = ("own", "head")
+LEFT = "counted_without_zeros"
+
+
+def delta(new: Config, old: Config, metrics: Mapping[str, list[str]]) -> float:
+    """How much better a network is than another, in %."""
+    changes = []
+    for task, chosen in metrics.items():
+        signs = [-1 if metric == "mae" else 1 for metric in chosen]
+        changes.append(
+            statistics.mean(
+                100 * sign * (new[task][metric] - old[task][metric]) / old[task][metric]
+                for sign, metric in zip(signs, chosen, strict=True)
+            )
         )
+    return statistics.mean(changes)
 
 
 def main() -> None:

@@ -64,7 +64,9 @@ def ways(
         "AdaMerging, layer-wise": partial(blind, form="layer_wise", masked=False),
     }
     if rate == "slow":
-        untrained = partial(concrete, model, images, seed=config["seed"], steps=1, lr=1e-9)
+        untrained = partial(
+            concrete, model, images, seed=config["seed"], steps=1, lr=1e-9, progress=False
+        )
         return arithmetic | {"a mask as it is drawn, not trained": untrained}
 
     def best_ties() -> Merged:
