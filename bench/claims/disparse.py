@@ -23,6 +23,7 @@ import fleet
 import torch
 import yaml
 from dense_and_census import PROBLEMS
+from sharing_tables import spread
 from torch import nn
 
 import weft
@@ -31,6 +32,8 @@ from weft.methods.growth import largest
 from weft.methods.sparsity import all_weights, apart, overlap, set_mask, zeros
 
 HERE = Path(__file__).parent
+OWN = ("own", "head")
+LEFT = "counted_without_zeros"
 Config = dict[str, Any]
 
 
@@ -154,8 +157,6 @@ def table(config: Config, out: Path) -> None:
     Delta_T is the mean over tasks of the mean relative change of their metrics, in %; better is
     positive.
     """
-    from sharing_tables import spread
-
     cells: dict[tuple[str, str, float], list[Config]] = defaultdict(list)
     for file in sorted(out.glob("*.json")):
         found = json.loads(file.read_text())
@@ -182,10 +183,6 @@ def table(config: Config, out: Path) -> None:
             cost = [f"{stored / 1e3:.0f} kB", f"{100 * left / full:.0f} %"]
             parts = [f"{sparsity:.0%}", spread(deltas, 2), *scores, *cost]
             print(f"| {method} | {' | '.join(parts)} |")
-
-
-OWN = ("own", "head")
-LEFT = "counted_without_zeros"
 
 
 def delta(new: Config, old: Config, metrics: Mapping[str, list[str]]) -> float:

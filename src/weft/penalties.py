@@ -85,7 +85,7 @@ class TieToMean(Penalty):
         for tensors in own.values():
             # Gates that are final leave other tensors than those that were tied.
             for key in (k for k in self.keys if k in tensors):
-                apart = tensors[key] - self._mean(key, tensors[key], shared)
+                apart = self._apart(key, tensors[key], shared)
                 if self.form == "squared":
                     total = total + 0.5 * self.weight * apart.square().sum()
                 else:
@@ -95,9 +95,9 @@ class TieToMean(Penalty):
                     total = total + self.weight * torch.where(squared > 0, norm, 0.0)
         return total
 
-    def _mean(self, key: str, own: Tensor, shared: Mapping[str, Tensor]) -> Tensor:
+    def _apart(self, key: str, own: Tensor, shared: Mapping[str, Tensor]) -> Tensor:
         if self.mean is None:
-            return torch.zeros_like(own)
+            return own
         mean = shared.get(self.mean + key)
         if mean is None or mean.shape != own.shape:
             found = "has none" if mean is None else f"has one of shape {tuple(mean.shape)}"
@@ -105,7 +105,7 @@ class TieToMean(Penalty):
                 f"A task is tied to a mean of shape {tuple(own.shape)} for '{key}', and its model "
                 f"{found}. Make the model by the same plan with mean='trained'."
             )
-        return mean if self.learned else mean.detach()
+        return own - (mean if self.learned else mean.detach())
 
 
 PolicyForm = Literal["paper", "code"]

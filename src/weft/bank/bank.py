@@ -268,8 +268,8 @@ class Bank:
                     f"A head or task was handed in for '{given}', which is not loaded."
                     + close_matches(given, names)
                 )
-        plans = (sharing,) if sharing is None or isinstance(sharing, Sharing) else tuple(sharing)
-        if not plans:
+        plans = [sharing] if isinstance(sharing, Sharing) else list(sharing or ())
+        if sharing is not None and not plans:
             raise BankError("sharing is a plan or some of them, found an empty list.")
         bundles = {name: self._loader.read(name, verify=verify) for name in names}
         if not tasks:
@@ -278,7 +278,7 @@ class Bank:
         model = self._loader.model(
             base,
             bundles,
-            sharing=plans[0],
+            sharing=plans[0] if plans else None,
             example=example,
             output=output,
             marks=None if allow_other_base else self._marks.marks(base, anew=True),
@@ -290,7 +290,7 @@ class Bank:
                 bundle,
                 heads.get(name),
                 custom.get(name),
-                plans=[plan for plan in plans if plan is not None],
+                plans=plans,
                 fits=not allow_other_base,
             )
         return model

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 from torch import nn
@@ -97,19 +97,18 @@ def merge(
         assert data is not None
         check_rereadable(data, names)
     model = opened(source, names, base)
-    merging = _Merging(model, names, base_of(model), share)
-    at = partial(merging.at, merging.direction(how))
+    merging = _Merging(model, names, base_of(model), how, share)
     if wanted is not None:
-        return Merged(at(wanted), how, wanted)
+        return Merged(merging.at(wanted), how, wanted)
     assert data is not None
     validation = {task: data[task] for task in names}
-    tried = try_scales(at, candidates, validation)
+    tried = try_scales(merging.at, candidates, validation)
     best = tried.best  # before the baseline, whose work is for nothing if there is none
     baseline = None
     if how != "task_arithmetic":
-        plain = partial(merging.at, merging.direction("task_arithmetic"))
-        baseline = try_scales(plain, candidates, validation)
-    merged = at(best)
+        plain = replace(merging, how="task_arithmetic")
+        baseline = try_scales(plain.at, candidates, validation)
+    merged = merging.at(best)
     return Merged(
         merged,
         how,
@@ -156,29 +155,31 @@ def _wanted(how: str, scale: object, data: Mapping[str, Any] | None, count: int)
 
 @dataclass(frozen=True)
 class _Merging:
-    """What is merged, and the share of entries that ties keeps."""
+    """What is merged, by which rule, and the share of entries that ties keeps."""
 
     model: MultiTaskModel
     names: tuple[str, ...]
     base: Base
+    how: str
     density: float
 
-    def direction(self, how: str) -> Vector:
-        """What a rule adds to the base: of parameters its direction, of statistics their mean."""
+    @cached_property
+    def direction(self) -> Vector:
+        """What the rule adds to the base: of parameters its direction, of statistics their mean."""
         summed, count = total(self._vectors)
         found = {name: summed[name] / count for name in self.base.statistics}
-        if how == "ties" and count > 1:  # one task alone has nothing to be trimmed for
+        if self.how == "ties" and count > 1:  # one task alone has nothing to be trimmed for
             return found | ties(self._parameters, self.density)
-        divide = count if how == "average" else 1
+        divide = count if self.how == "average" else 1
         return found | {name: summed[name] / divide for name in self.base.parameters}
 
-    def at(self, direction: Vector, scale: float) -> MultiTaskModel:
+    def at(self, scale: float) -> MultiTaskModel:
         """The model whose base went so far in the direction; its statistics go all the way."""
         if len(self.names) == 1 and scale == 1.0:
             # The task itself: theta_0 + (theta_t - theta_0) would round.
             return self._merged(task_tensors(self.model, self.names[0], self.base))
-        steps = {name: scale * direction[name] for name in self.base.parameters}
-        steps |= {name: direction[name] for name in self.base.statistics}
+        steps = {name: scale * self.direction[name] for name in self.base.parameters}
+        steps |= {name: self.direction[name] for name in self.base.statistics}
         start = {**self.base.parameters, **self.base.statistics}
         return self._merged({n: (precise(t) + steps[n]).to(t.dtype) for n, t in start.items()})
 

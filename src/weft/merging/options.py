@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from numbers import Integral, Real
 
 from torch import Tensor
 
+from weft.core.numbers import is_number, is_whole
 from weft.errors import ConfigError, DataError, close_matches
 
 
@@ -28,8 +27,7 @@ def check_number(
     Raises:
         ConfigError: names the option, what was found and what is expected.
     """
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not fits(float(value)):  # type: ignore[arg-type]
+    if not is_number(value) or not fits(float(value)):
         raise ConfigError(f"{option} is {expected}, found {value!r}.")
 
 
@@ -39,7 +37,7 @@ def check_whole(option: str, value: object, least: int) -> None:
     Raises:
         ConfigError: as for `check_number`.
     """
-    if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < least:
+    if not is_whole(value, least):
         raise ConfigError(f"{option} is a whole number of at least {least}, found {value!r}.")
 
 

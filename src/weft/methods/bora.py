@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from weft.adapters.low_rank import LowRank
 from weft.core.checks import adapter_tensors
+from weft.core.numbers import is_number
 from weft.core.sharing import Created, Sharing
 from weft.core.sites import named_tensors
 from weft.errors import PlanError
 from weft.patches.low_rank import LowRankSum, common_keys
 from weft.penalties import TieToMean
 
-from .lora import is_number, lora
+from .lora import lora
 
 Form = Literal["squared", "norm"]
 """Which charge."""

@@ -6,16 +6,15 @@ Models", ICLR 2022, https://arxiv.org/abs/2106.09685.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Set
-from numbers import Real
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from weft.adapters.low_rank import LowRank, is_linear, takes
 from weft.core.adapter import Insertion
+from weft.core.numbers import is_number
 from weft.core.patch import Patch
 from weft.core.sharing import Sharing
 from weft.core.sites import Kind, Site, named_tensors, sites
@@ -224,16 +223,6 @@ def is_numerator(value: object) -> bool:
 def is_probability(value: object) -> bool:
     """Whether something is a number in [0, 1)."""
     return is_number(value) and 0.0 <= value < 1.0
-
-
-def is_number(value: object) -> TypeGuard[float]:
-    """Whether something is a finite number."""
-    if not isinstance(value, Real) or isinstance(value, bool):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # a whole number that no float can be
-        return False
 
 
 def _is_choice(value: object) -> bool:

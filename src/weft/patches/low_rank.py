@@ -50,8 +50,10 @@ class LowRankSum(Patch):
         return {down: nn.Parameter(a), up: nn.Parameter(base.new_zeros(rows, self.r))}
 
     def compose(self, name: str, base: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        weight = base.flatten(1)
-        for keys in (self.keys(name), *([common_keys(name)] if self.common else [])):
+        weight, pairs = base.flatten(1), [self.keys(name)]
+        if self.common:
+            pairs.append(common_keys(name))
+        for keys in pairs:
             a, b = (tensors[key].to(base.dtype) for key in keys)
             weight = torch.addmm(weight, b, a, alpha=self.scale)
         return weight.view(base.shape)

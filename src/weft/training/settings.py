@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
-from numbers import Integral, Real
 from typing import Any, Literal
 
 import numpy as np
 
+from weft.core.numbers import is_number, is_whole
 from weft.errors import ConfigError, close_matches
 
 from .schedule import Schedule
@@ -54,11 +54,11 @@ class Settings:
             _whole("patience", self.patience, 1)
         positive = {"lr": self.lr, "head_lr": self.head_lr, "clip": self.clip}
         for name, value in positive.items():
-            if value is not None and not (_is_number(value) and 0.0 < value < math.inf):
+            if value is not None and not (is_number(value) and 0.0 < value < math.inf):
                 raise ConfigError(f"{name} is a positive number, found {value!r}.")
-        if not (_is_number(self.momentum) and 0.0 <= self.momentum < 1.0):
+        if not (is_number(self.momentum) and 0.0 <= self.momentum < 1.0):
             raise ConfigError(f"momentum is a number in [0, 1), found {self.momentum!r}.")
-        if not (_is_number(self.weight_decay) and 0.0 <= self.weight_decay < math.inf):
+        if not (is_number(self.weight_decay) and 0.0 <= self.weight_decay < math.inf):
             raise ConfigError(f"weight_decay is a number >= 0, found {self.weight_decay!r}.")
         if self.keep not in ("best", "last"):
             raise ConfigError(f"keep is 'best' or 'last', found {self.keep!r}.")
@@ -70,7 +70,7 @@ class Settings:
                     f"weights names '{task}', which is not fitted. Fitted: {', '.join(tasks)}."
                     + close_matches(task, tasks)
                 )
-            if not (_is_number(weight) and 0.0 <= weight < math.inf):
+            if not (is_number(weight) and 0.0 <= weight < math.inf):
                 raise ConfigError(f"weights[{task!r}] is a number >= 0, found {weight!r}.")
 
     def updates(self, steps: int) -> int:
@@ -83,10 +83,6 @@ class Settings:
         return {k: v.item() if isinstance(v, np.generic) else v for k, v in values.items()}
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
 def _whole(name: str, value: object, least: int) -> None:
-    if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < least:
+    if not is_whole(value, least):
         raise ConfigError(f"{name} is a whole number of at least {least}, found {value!r}.")
