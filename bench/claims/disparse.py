@@ -2,8 +2,9 @@
 
 All networks train from scratch and start, for a seed, from the same weights; "magnitude" and
 "saliency" prune the same network to the same sparsity, heads included, by one ranking for all
-tasks. The last epoch is reported, so no choice is made on test data. ``--smoke`` runs two steps of
-four epochs of each cell into a folder of its own; ``--table`` prints what is there.
+tasks; "growth" is "dynamic" with weights grown by the sum of the tasks' losses. The last epoch is
+reported, so no choice is made on test data. ``--smoke`` runs two steps of four epochs of each cell
+into a folder of its own; ``--table`` prints what is there.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ from sharing_tables import spread
 from torch import nn
 
 import weft
+from weft.core.sharing import Taken
 from weft.core.sites import layer_weights
-from weft.methods.growth import largest
-from weft.methods.sparsity import all_weights, apart, overlap, set_mask, zeros
+from weft.methods.growth import DropAndGrow, largest
+from weft.methods.sparsity import all_weights, apart, buffer_of, overlap, set_mask, zeros
 
 HERE = Path(__file__).parent
 OWN = ("own", "head")
@@ -67,6 +69,34 @@ class PruneTogether:
             set_mask(model, place[0], place[1], weight, part.view_as(weight))
 
 
+@dataclass(frozen=True)
+class GrowTogether:
+    """The dynamic baseline, RigL: drops as "dynamic" does, grows by the gradient of the joint loss.
+
+    Shared weights grow as many as they dropped, not up to as many for each task.
+    """
+
+    apart: DropAndGrow
+    factors: Mapping[str, float]
+
+    def __call__(self, model: weft.MultiTaskModel, taken: Taken) -> tuple[torch.Tensor, ...]:
+        counts, zeta = self.apart.counts(model), self.apart.zeta(taken.done)
+        weights = all_weights(model, self.apart.names)
+        for place, weight in weights.items():
+            keep = buffer_of(model, *place)
+            stay = largest(weight.detach().abs(), round(counts[place] * (1 - zeta)), among=keep)
+            set_mask(model, *place, weight, stay)
+        probe = apart(model, self.apart.names)
+        places = all_weights(probe, self.apart.names)
+        loss = joint_loss(probe, taken.batches, self.factors)
+        gradients = torch.autograd.grad(loss, list(places.values()))
+        for place, gradient in zip(places, gradients, strict=True):
+            keep = buffer_of(model, *place)
+            missing = counts[place] - int(keep.sum())
+            keep.logical_or_(largest(gradient.abs(), missing, among=~keep))
+        return ()
+
+
 def joint_loss(
     model: weft.MultiTaskModel, batches: Mapping[str, Any], factors: Mapping[str, float]
 ) -> torch.Tensor:
@@ -88,6 +118,11 @@ def make_plan(base: nn.Module, method: str, sparsity: float, seed: int, weights:
         first, last = plan.phases
         prepare = PruneTogether(sparsity, False, weights)
         return replace(plan, phases=(first, replace(last, prepare=prepare)))
+    if method == "growth":
+        plan = weft.disparse(base, sparsity=sparsity, variant="dynamic", seed=seed)
+        first, last = plan.phases
+        review = GrowTogether(first.review, weights)
+        return replace(plan, phases=(replace(first, review=review), last))
     if method == "saliency":
         plan = weft.disparse(base, sparsity=sparsity)
         prepare = PruneTogether(sparsity, True, weights)

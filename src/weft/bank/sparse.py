@@ -1,9 +1,10 @@
 """Tensors with many zeros as they lie in files: the other values, and where they are.
 
-A tensor of n elements of which v are not zero takes v values and n bits, or v values and v places
-of 32 bits, whichever is less; a tensor of bools takes n bits. Zero is what has no bit set, so that
-every value comes back bit for bit, -0.0 too. Equal sets of bits are stored once: a weight and its
-mask have theirs in common.
+Where the v values of a tensor of n elements are takes n bits, or v bytes and some more, whichever
+is less: a byte b < 255 says that b zeros stand before the next value, 255 that 255 zeros stand here
+and no value. A tensor of bools has no values beside. Zero is what has no bit set, so that every
+value comes back bit for bit, -0.0 too. What is said equally of two tensors is stored once: a weight
+and its mask have it in common.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ WORTH_IT = 1 << 9
 SHARE = 8
 """And the part of its size that a tensor must save, for putting zeros back takes time."""
 
-_BITS, _PLACES = "bits", "places"
+_BITS, _GAPS, _VALUES = "bits", "gaps", "values"
+_LONG = 255
+"""The gap that goes on."""
+
 _PATTERN = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -39,7 +43,7 @@ def pack(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, st
     """
     stored: dict[str, Tensor] = {}
     forms: dict[str, Any] = {}
-    known: dict[bytes, str] = {}
+    known: dict[tuple[str, bytes], str] = {}
     for key, tensor in tensors.items():
         packed = _packed(tensor)
         if packed is None:
@@ -48,8 +52,8 @@ def pack(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, st
         form: dict[str, Any] = {"shape": list(tensor.shape)}
         for part, values in packed.items():
             name = f"{key}|{part}"
-            if part == _BITS:
-                name = known.setdefault(values.numpy().tobytes(), name)
+            if part != _VALUES:
+                name = known.setdefault((part, values.numpy().tobytes()), name)
             stored.setdefault(name, values)
             form[part] = name
         forms[key] = form
@@ -76,26 +80,35 @@ def _packed(tensor: Tensor) -> dict[str, Tensor] | None:
     flat = tensor.reshape(-1)
     # numpy counts and packs bits several times as fast as torch does.
     there = flat.view(_PATTERN[tensor.element_size()]).numpy() != 0
-    bits = -(-len(there) // 8)
-    if tensor.dtype == torch.bool:
-        return {_BITS: _bits_of(there)} if _pays(size, bits) else None
     count = int(np.count_nonzero(there))
-    places = 4 * count if len(there) < 1 << 31 else size
-    if not _pays(size, count * tensor.element_size() + min(bits, places)):
+    is_mask = tensor.dtype == torch.bool
+    values = 0 if is_mask else count * tensor.element_size()
+    bits = -(-len(there) // 8)
+    if not _pays(size, values + min(bits, count)):
         return None
-    mask = torch.from_numpy(there)
-    if places < bits:
-        where = torch.from_numpy(np.flatnonzero(there).astype(np.int32))
-        return {"values": flat[mask], _PLACES: where}
-    return {"values": flat[mask], _BITS: _bits_of(there)}
+    part, where = _GAPS, _gaps_of(there) if count < bits else None
+    if where is None or len(where) >= bits:
+        part, where = _BITS, np.packbits(there, bitorder="little")
+    if not _pays(size, values + len(where)):
+        return None
+    stored = {part: torch.from_numpy(where)}
+    return stored if is_mask else stored | {_VALUES: flat[torch.from_numpy(there)]}
 
 
 def _pays(size: int, smaller: int) -> bool:
     return size - smaller >= max(WORTH_IT, size // SHARE)
 
 
-def _bits_of(there: np.ndarray[Any, Any]) -> Tensor:
-    return torch.from_numpy(np.packbits(there, bitorder="little"))
+def _gaps_of(there: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The zeros before each value and behind the last one, as bytes."""
+    where = np.flatnonzero(there)
+    zeros_before = np.diff(where, prepend=-1) - 1
+    long, rest = np.divmod(zeros_before, _LONG)
+    at = np.cumsum(long + 1) - 1
+    behind = (len(there) - 1 - int(where[-1] if where.size else -1)) // _LONG
+    gaps = np.full((int(at[-1]) + 1 if where.size else 0) + behind, _LONG, np.uint8)
+    gaps[at] = rest
+    return gaps
 
 
 def _unpacked(key: str, form: Mapping[str, Any], stored: Mapping[str, Tensor]) -> Tensor:
@@ -103,22 +116,38 @@ def _unpacked(key: str, form: Mapping[str, Any], stored: Mapping[str, Tensor]) -
     length = math.prod(shape)
     if min(shape, default=0) < 0:
         raise ValueError(f"'{key}' has the shape {shape}")
-    if _PLACES in form:
-        where = stored[form[_PLACES]].numpy()
-        if where.size and not 0 <= where.min() <= where.max() < length:
-            raise ValueError(f"'{key}' has values outside of its {length} places")
+    part = _GAPS if _GAPS in form else _BITS
+    said = stored[form[part]]
+    if said.dtype != torch.uint8 or said.dim() != 1:
+        raise ValueError(f"'{key}' has {part} of {said.dtype} {list(said.shape)}")
+    if part == _BITS and _VALUES not in form:
+        return torch.from_numpy(_from_bits(key, said.numpy(), length)).view(shape)
+    if part == _BITS:
+        where = np.flatnonzero(_from_bits(key, said.numpy(), length))
     else:
-        bits = stored[form[_BITS]]
-        if bits.dtype != torch.uint8 or bits.dim() != 1 or bits.numel() != -(-length // 8):
-            raise ValueError(f"'{key}' has {bits.numel()} bytes of bits for {length} elements")
-        there = np.unpackbits(bits.numpy(), count=length, bitorder="little").view(np.bool_)
-        if "values" not in form:
-            return torch.from_numpy(there).view(shape)
-        where = np.flatnonzero(there)
-    values = stored[form["values"]]
+        where = _from_gaps(key, said.numpy(), length)
+    true = torch.ones(len(where), dtype=torch.bool)
+    values = stored[form[_VALUES]] if _VALUES in form else true
     if values.shape != where.shape:
         raise ValueError(f"'{key}' has {values.numel()} values for {where.size} places")
     pattern = _PATTERN[values.element_size()]
     whole = torch.zeros(length, dtype=pattern)
     whole.numpy()[where] = values.view(pattern).numpy()
     return whole.view(values.dtype).view(shape)
+
+
+def _from_bits(key: str, bits: np.ndarray[Any, Any], length: int) -> np.ndarray[Any, Any]:
+    """Whether there is a value, place by place."""
+    if len(bits) != -(-length // 8):
+        raise ValueError(f"'{key}' has {len(bits)} bytes of bits for {length} elements")
+    return np.unpackbits(bits, count=length, bitorder="little").view(np.bool_)
+
+
+def _from_gaps(key: str, gaps: np.ndarray[Any, Any], length: int) -> np.ndarray[Any, Any]:
+    """The places of the values; the inverse of `_gaps_of`."""
+    is_value = gaps != _LONG
+    ends = np.cumsum(gaps + is_value, dtype=np.int64)
+    end = int(ends[-1]) if ends.size else 0
+    if not end <= length < end + _LONG:
+        raise ValueError(f"'{key}' has gaps for {end} elements of {length}")
+    return (ends if is_value.all() else ends[is_value]) - 1

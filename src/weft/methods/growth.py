@@ -136,7 +136,7 @@ class DropAndGrow(_ByDensity):
 
     def __call__(self, model: MultiTaskModel, taken: Taken) -> tuple[Tensor, ...]:
         """Change masks and weights by what a step saw."""
-        zeta = 0.5 * self.drop * (1.0 + math.cos(math.pi * taken.done))
+        zeta = self.zeta(taken.done)
         counts = self.counts(model)
         missing: dict[tuple[str, str], int] = {}
         for (task, name), weight in all_weights(model, self.names).items():
@@ -149,6 +149,10 @@ class DropAndGrow(_ByDensity):
             set_mask(model, task, name, weight, stay)
         self._grow(model, self._grown(model, taken, missing))
         return ()
+
+    def zeta(self, done: float) -> float:
+        """The share of a layer's weights that a change drops, at a share of the phase in [0, 1]."""
+        return 0.5 * self.drop * (1.0 + math.cos(math.pi * done))
 
     def _grown(
         self, model: MultiTaskModel, taken: Taken, missing: Mapping[tuple[str, str], int]
