@@ -100,6 +100,13 @@ def test_masks_take_a_bit_and_none_beside_their_weight() -> None:
     assert both - len(to_bytes({"w": weight})) < 128
 
 
+def test_parts_do_not_take_the_names_of_tensors(tmp_path: Path) -> None:
+    names = ("w|gaps", "w", "w|values", "w|gaps|")
+    tensors = {name: sparse(5000, 0.1 if name == "w" else 1.0) for name in names}
+    found = there_and_back(tensors, tmp_path / "file")
+    assert all(torch.equal(found[k], tensors[k]) for k in tensors)
+
+
 def test_small_and_full_tensors_are_stored_as_they_are() -> None:
     tensors = {"small": torch.zeros(100), "full": torch.randn(1000), "flags": torch.ones(8) > 0}
     stored, metadata = pack(tensors)

@@ -52,6 +52,8 @@ def pack(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, st
         form: dict[str, Any] = {"shape": list(tensor.shape)}
         for part, values in packed.items():
             name = f"{key}|{part}"
+            while name in tensors:
+                name += "|"
             if part != _VALUES:
                 name = known.setdefault((part, values.numpy().tobytes()), name)
             stored.setdefault(name, values)
