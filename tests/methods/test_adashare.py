@@ -499,7 +499,7 @@ def test_blocks_are_found_named_or_stated() -> None:
             weft.adashare(base, **options)
     with pytest.raises(PlanError, match=r"^adashare skips residual blocks.*post-norm"):
         weft.adashare(nn.Sequential(nn.Conv2d(3, 4, 3)), example=x)
-    with pytest.raises(PlanError, match=r"One block is a list, too: blocks=\['blocks.0'\]"):
+    with pytest.raises(PlanError, match=r"One is a list, too: blocks=\['blocks.0'\]"):
         weft.adashare(base, blocks="blocks.0", example=x)  # type: ignore[arg-type]
     with pytest.raises(PlanError, match=r"inserts at 'blocks.9'"):
         weft.MultiTaskModel(base, weft.adashare(base, blocks={"blocks.9": ""}))
@@ -515,7 +515,7 @@ def test_blocks_are_found_named_or_stated() -> None:
         ({"policy_lr": -2.0}, "policy_lr"),
         ({"warmup": 0.6}, "leave some for policies; found 0.6 and 0.5"),
         ({"retrain": 0.0}, "retrain"),
-        ({"curriculum": 1.5}, r"curriculum=\.\.\.\) is in \[0, 1\], found 1.5"),
+        ({"curriculum": 1.5}, r"curriculum=\.\.\.\) is a number in \[0, 1\], found 1.5"),
         ({"policy_data": 0.0}, "policy_data"),
         ({"temperature": (5.0, 0.0)}, "two numbers > 0"),
         ({"temperature": (5.0,)}, "two numbers > 0"),

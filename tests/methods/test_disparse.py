@@ -122,11 +122,11 @@ def test_without_sparsity_it_is_hard_sharing_bit_for_bit() -> None:
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"sparsity": 1.0}, r"sparsity=...\) is a share in \[0, 1\), found 1.0"),
+        ({"sparsity": 1.0}, r"sparsity=...\) is a number in \[0, 1\), found 1.0"),
         ({"variant": "statics"}, "'static' or 'pretrained' or 'dynamic', found 'statics'"),
         ({"score": "snip"}, "'saliency' or 'magnitude' or 'taylor', found 'snip'"),
         ({"variant": "dynamic", "score": "taylor"}, "leave out score='taylor'"),
-        ({"batches": 0}, "whole number >= 1, found 0"),
+        ({"batches": 0}, "whole number of at least 1, found 0"),
         ({"dense": 1.0}, "dense"),
         ({"explore": 0.0}, "explore"),
         ({"every": 0}, "every"),

@@ -480,8 +480,8 @@ def test_targets_may_be_of_numpy() -> None:
     ("options", "complaint"),
     [
         ({"target": (0.5, 0.5)}, "one per block: found 2 for 4 blocks, blocks.0"),
-        ({"target": 0.0}, r"target=\.\.\.\) is in \(0, 1\], found 0.0"),
-        ({"target": (0.5, 0.5, 0.5, 1.5)}, r"is in \(0, 1\]"),
+        ({"target": 0.0}, r"target=\.\.\.\) is a number in \(0, 1\] or one for each block"),
+        ({"target": (0.5, 0.5, 0.5, 1.5)}, r"is a number in \(0, 1\]"),
         ({"rate": -1.0}, r"rate=\.\.\.\) is a number >= 0"),
         ({"decision": "likely"}, "decision=...\\) is 'argmax' or 'sample'"),
         ({"losses": "none"}, "losses"),

@@ -115,7 +115,7 @@ def test_what_is_left_out_has_a_reason() -> None:
         ({"alpha": "x"}, r"lora\(alpha=...\) is a number other than 0, found 'x'"),
         ({"alpha": True}, "a number other than 0, found True"),
         ({"alpha": 10**400}, "a number other than 0"),
-        ({"dropout": "x"}, r"lora\(dropout=...\) is a probability in \[0, 1\), found 'x'"),
+        ({"dropout": "x"}, r"lora\(dropout=...\) is a number in \[0, 1\), found 'x'"),
         ({"dropout": None}, r"in \[0, 1\), found None"),
         ({"target": 3}, r"lora\(target=...\) is names, a regular expression, .*, found 3"),
         ({"target": [3]}, r"lora\(target=...\) is names, .*, found \[3\]"),

@@ -90,8 +90,8 @@ def test_hard_sharing_trains_the_common_part_with_every_task() -> None:
     ("options", "complaint"),
     [
         ({"own": "middle"}, "'bottom', 'top', 'nothing' or a list of patterns .* found 'middle'"),
-        ({"fraction": 0.0}, "between 0 and 1, found 0.0. For nothing owned say own='nothing'"),
-        ({"fraction": 1.0}, "between 0 and 1, found 1.0"),
+        ({"fraction": 0.0}, r"fraction=...\) is a number in \(0, 1\), found 0.0"),
+        ({"fraction": 1.0}, r"number in \(0, 1\), found 1.0"),
         ({"batchnorm": "shared"}, "'private' or 'follow', found 'shared'"),
         ({"own": ["0", "2"]}, "'2' matches 2, with no tensors to own"),
     ],

@@ -316,11 +316,11 @@ def test_phases_follow_the_options() -> None:
     [
         ({"penalty": -0.1}, r"penalty=...\) is a number >= 0, found -0.1"),
         ({"penalty": float("nan")}, r"penalty=...\) is a number >= 0, found nan"),
-        ({"warmup": -1}, r"warmup=...\) is a whole number of epochs >= 0, found -1"),
+        ({"warmup": -1}, r"warmup=...\) is a whole number of at least 0, found -1"),
         ({"warmup": 1.5}, "found 1.5"),
-        ({"harden": 1.0}, r"harden=...\) is a share in \[0, 1\), found 1.0"),
+        ({"harden": 1.0}, r"harden=...\) is a number in \[0, 1\), found 1.0"),
         ({"form": "soft"}, "'tuned' or 'residual', found 'soft'"),
-        ({"legacy_norm": 0}, r"legacy_norm=...\) is a number > 0 or None, found 0"),
+        ({"legacy_norm": 0}, r"legacy_norm=...\) is a positive number or None, found 0"),
     ],
 )
 def test_wrong_options_are_refused(options: dict[str, object], complaint: str) -> None:

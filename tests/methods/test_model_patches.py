@@ -132,7 +132,7 @@ def test_layers_that_cannot_get_a_scale_and_shift_are_named_with_the_reason() ->
 @pytest.mark.parametrize(
     ("base", "options", "complaint"),
     [
-        (bare(), {"where": "everywhere"}, "'norms', 'layers' or None, found 'everywhere'"),
+        (bare(), {"where": "everywhere"}, "None or 'norms' or 'layers', found 'everywhere'"),
         (bare(), {"where": "norms"}, "of normalisation layers, and this base has none. Try bias"),
         (nn.LSTM(3, 4), {}, "or adds them to convolutions and linear layers, and this base has"),
         (nn.Linear(3, 4), {}, "and this base has none"),

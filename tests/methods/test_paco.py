@@ -136,7 +136,7 @@ def test_normalisation_is_private_or_shared_and_never_mixed() -> None:
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"k": 0}, "k=...\\) is a whole number >= 1, found 0"),
+        ({"k": 0}, "k=...\\) is a whole number of at least 1, found 0"),
         ({"bases": "frozen"}, "'trained' or 'given', found 'frozen'"),
         ({"norms": "mixed"}, "'private' or 'shared', found 'mixed'"),
         ({"reset": "zero"}, "'interpolate' or 'copy', found 'zero'"),

@@ -181,8 +181,8 @@ def test_adding_and_training_tasks_changes_no_other_by_a_bit() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "said"),
     [
-        ({"rank": 0.0}, PlanError, "share in"),
-        ({"rank": 1.5}, PlanError, "share in"),
+        ({"rank": 0.0}, PlanError, r"number in \(0, 1\]"),
+        ({"rank": 1.5}, PlanError, r"number in \(0, 1\]"),
         ({"rank": 0.5}, PlanError, "responses=batches"),
         ({"rank": 0.5, "responses": []}, DataError, "at least one batch"),
     ],

@@ -17,13 +17,13 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from weft.core.model import MultiTaskModel
-from weft.errors import TrainingError
-from weft.tasks.options import check_choice
+from weft.core.options import Options
+from weft.errors import ConfigError, TrainingError
 from weft.training.evaluation import device_of
 
 from .entropy import Predictions, Stream, collapse
 from .merged import Merged, merged_model
-from .options import check_data, check_number, check_switch, check_whole
+from .options import check_data
 from .source import Source, check_source, chosen_tasks, opened
 from .vectors import Vector, base_of, precise, task_vectors
 
@@ -102,17 +102,18 @@ def concrete(
     """
     check_source("concrete", source, base)
     names = chosen_tasks(source, tasks)
-    check_choice("concrete(form=...)", form, ("task_arithmetic", "task_wise", "layer_wise"))
-    check_number("concrete(scale=...)", scale)
+    given = Options("concrete", ConfigError)
+    given.word("form", form, ("task_arithmetic", "task_wise", "layer_wise"))
+    given.number("scale", scale)
     positive = {"temperature": temperature, "lr": lr, "inner_lr": inner_lr, "scale_lr": scale_lr}
     for option, value in positive.items():
-        check_number(f"concrete({option}=...)", value, "a positive number", lambda v: v > 0)
-    check_number("concrete(diversity=...)", diversity, "a number >= 0", lambda v: v >= 0)
+        given.number(option, value, "(0, inf)")
+    given.number("diversity", diversity, "[0, inf)")
     for option, count in {"steps": steps, "scale_steps": scale_steps}.items():
-        check_whole(f"concrete({option}=...)", count, 1)
-    check_whole("concrete(seed=...)", seed, 0)
+        given.whole(option, count, 1)
+    given.whole("seed", seed, 0)
     for option, switch in {"masked": masked, "clamp": clamp, "hard": hard}.items():
-        check_switch(f"concrete({option}=...)", switch)
+        given.switch(option, switch)
     check_data("concrete", data, names)
     model = opened(source, names, base)
     # The caller may have turned gradients off.

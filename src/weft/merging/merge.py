@@ -10,13 +10,13 @@ from typing import Any, Literal
 from torch import nn
 
 from weft.core.model import MultiTaskModel
+from weft.core.options import Options, is_number
 from weft.errors import ConfigError
-from weft.tasks.options import check_choice
 
 from .choosing import SCALES, try_scales, warnings
 from .concrete import concrete
 from .merged import Merged, merged_model
-from .options import check_data, check_number, check_rereadable
+from .options import check_data, check_rereadable
 from .rules import Rule, ties, total
 from .source import Source, check_source, chosen_tasks, opened
 from .vectors import Base, Vector, base_of, precise, task_tensors, task_vectors
@@ -82,7 +82,8 @@ def merge(
     """
     check_source("merge", source, base)
     names = chosen_tasks(source, tasks)
-    check_choice("merge(how=...)", how, ("average", "task_arithmetic", "ties", "concrete"))
+    given = Options("merge", ConfigError)
+    given.word("how", how, ("average", "task_arithmetic", "ties", "concrete"))
     if how == "concrete":
         _refuse_for_concrete({"scale": scale, "scales": scales, "density": density})
         check_data("merge", data, names)
@@ -90,7 +91,7 @@ def merge(
         return concrete(source, data, names, base=base, progress=progress)
     candidates = SCALES if scales is None else _numbers(scales)
     share = DENSITY if density is None else density
-    check_number("merge(density=...)", share, "a number in (0, 1]", lambda d: 0 < d <= 1)
+    given.number("density", share, "(0, 1]")
     wanted = _wanted(how, scale, data, len(names))
     if wanted is None:
         check_data("merge", data, names)
@@ -134,10 +135,8 @@ def _refuse_for_concrete(options: Mapping[str, object]) -> None:
 def _numbers(scales: object) -> tuple[float, ...]:
     """The candidates for the scale."""
     found = tuple(scales) if isinstance(scales, Iterable) and not isinstance(scales, str) else ()
-    if not found:
+    if not found or not all(map(is_number, found)):
         raise ConfigError(f"merge(scales=...) is a list of finite numbers, found {scales!r}.")
-    for scale in found:
-        check_number("Each of merge(scales=...)", scale)
     return tuple(map(float, found))
 
 
@@ -149,7 +148,7 @@ def _wanted(how: str, scale: object, data: Mapping[str, Any] | None, count: int)
         return None if data is not None else 1.0 if how == "ties" else 0.3
     if isinstance(scale, str) and scale == "choose":
         return None
-    check_number("merge(scale=...)", scale, "a finite number or 'choose'")
+    Options("merge", ConfigError).number("scale", scale, also="or 'choose'")
     return float(scale)  # type: ignore[arg-type]
 
 

@@ -2,53 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torch import Tensor
 
-from weft.core.numbers import is_number, is_whole
-from weft.errors import ConfigError, DataError, close_matches
-
-
-def check_number(
-    option: str,
-    value: object,
-    expected: str = "a finite number",
-    fits: Callable[[float], bool] = lambda _: True,
-) -> None:
-    """Refuse what is no finite number, or not in its range.
-
-    Args:
-        option: what it is the value of, for instance ``merge(scale=...)``.
-        value: what was given.
-        expected: in words.
-        fits: whether a finite number is in the range.
-
-    Raises:
-        ConfigError: names the option, what was found and what is expected.
-    """
-    if not is_number(value) or not fits(float(value)):
-        raise ConfigError(f"{option} is {expected}, found {value!r}.")
-
-
-def check_whole(option: str, value: object, least: int) -> None:
-    """Refuse what is no whole number of at least ``least``.
-
-    Raises:
-        ConfigError: as for `check_number`.
-    """
-    if not is_whole(value, least):
-        raise ConfigError(f"{option} is a whole number of at least {least}, found {value!r}.")
-
-
-def check_switch(option: str, value: object) -> None:
-    """Refuse what is neither True nor False.
-
-    Raises:
-        ConfigError: as for `check_number`.
-    """
-    if not isinstance(value, bool):
-        raise ConfigError(f"{option} is True or False, found {value!r}.")
+from weft.errors import DataError, close_matches
 
 
 def check_data(function: str, data: object, tasks: Sequence[str]) -> None:

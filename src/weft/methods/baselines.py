@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from weft.core.options import Options
 from weft.core.patch import Patch, Replace
 from weft.core.sharing import Group, Sharing
 from weft.core.sites import sites
@@ -48,10 +49,11 @@ def bias_only(base: nn.Module, *, statistics: bool = False) -> Sharing:
         The plan.
 
     Raises:
-        PlanError: the base has no biases.
+        PlanError: a wrong option, or a base without biases.
 
     Differs from the paper in that it applies to any network, not to BERT only.
     """
+    Options("bias_only").switch("statistics", statistics)
     found = sites(base)
     patches: dict[str, Patch] = {name: Replace() for site in found for name in site.biases}
     if not patches:

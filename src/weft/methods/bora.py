@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from weft.adapters.low_rank import LowRank
 from weft.core.checks import adapter_tensors
-from weft.core.numbers import is_number
+from weft.core.options import Options
 from weft.core.sharing import Created, Sharing
 from weft.core.sites import named_tensors
 from weft.errors import PlanError
@@ -90,11 +90,11 @@ def bora(
     Differs from the paper in that tasks start at random factors of their own, as in `lora`, not at
     a common start; and see `lora` for which layers.
     """
+    _check("bora", tau, form, rows, mean)
+    Options("bora").switch("joined", joined)
     plan = lora(base, r=r, alpha=alpha, dropout=dropout, target=target, exclude=exclude)
     options = {key: plan.options[key] for key in ("r", "alpha", "dropout", "target", "exclude")}
     stated = {"tau": tau, **options, "form": form, "rows": rows, "mean": mean, "joined": joined}
-    if not isinstance(joined, bool):
-        raise PlanError(f"joined is True or False, found {joined!r}.")
     if joined:
         tied = _joined(plan, base, tau, form, rows, mean)
     else:
@@ -130,7 +130,7 @@ def tie_to_mean(
     Raises:
         PlanError: a number out of range, or a plan whose tasks share trained tensors already.
     """
-    _check(tau, form, rows, mean)
+    _check("tie_to_mean", tau, form, rows, mean)
     if tau == 0.0:
         return plan
     if not plan.only_owns:
@@ -150,7 +150,6 @@ def _joined(
     plan: Sharing, base: nn.Module, tau: float, form: Form, rows: float, mean: Mean
 ) -> Sharing:
     """The plan with a common branch beside each of the task's, which alone is charged for."""
-    _check(tau, form, rows, mean)
     if mean == "given":
         raise PlanError("bora(joined=True) has no mean to give: its common branch is the model's.")
     if tau == 0.0:
@@ -175,15 +174,12 @@ def _joined(
     return replace(plan, adapters=adapters, patches=patches, created=created, penalties=(charge,))
 
 
-def _check(tau: float, form: str, rows: float, mean: str) -> None:
-    if not is_number(tau) or tau < 0.0:
-        raise PlanError(f"tau is a precision of at least 0, found {tau!r}.")
-    if not is_number(rows) or rows <= 0.0:
-        raise PlanError(f"rows is a number over 0, found {rows!r}.")
-    if form not in ("squared", "norm"):
-        raise PlanError(f"form is 'squared' or 'norm', found {form!r}.")
-    if mean not in ("trained", "given"):
-        raise PlanError(f"mean is 'trained' or 'given', found {mean!r}.")
+def _check(function: str, tau: float, form: str, rows: float, mean: str) -> None:
+    given = Options(function)
+    given.number("tau", tau, "[0, inf)")
+    given.number("rows", rows, "(0, inf)")
+    given.word("form", form, ("squared", "norm"))
+    given.word("mean", mean, ("trained", "given"))
 
 
 def _fresh(plan: Sharing, base: nn.Module) -> dict[str, Tensor]:

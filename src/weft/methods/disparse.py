@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from weft.core.masks import KEEP, new_buffer, shared_key
+from weft.core.options import Options
 from weft.core.sharing import Created, Phase, Sharing
 from weft.core.sites import everything, layer_weights
 from weft.errors import PlanError
 
 from .growth import STALE, DropAndGrow, KeepDensities, RandomMasks
 from .hard_sharing import private_batchnorm
-from .policies import check_word
 from .sparsity import OVERLAP, Prune, Score, Weights
 
 Variant = Literal["static", "pretrained", "dynamic"]
@@ -85,8 +85,10 @@ def disparse(
     start at zero (``regrow``) with nothing remembered by the optimiser, that the first layer is as
     sparse as the formula says, and that gradients are of the batch of the step, undivided.
     """
-    _check(sparsity, variant, score, batches, weights, dense, explore, every, drop, power, regrow)
-    check_word("disparse", "batchnorm", batchnorm, ("shared", "private"))
+    _check(
+        *(sparsity, variant, score, batches, weights, dense, explore, every, drop, power),
+        *(regrow, batchnorm, seed),
+    )
     names = layer_weights(base)
     if not names:
         raise PlanError(
@@ -160,25 +162,25 @@ def _check(
     drop: float,
     power: float,
     regrow: str,
+    batchnorm: str,
+    seed: int,
 ) -> None:
-    check_word("disparse", "variant", variant, ("static", "pretrained", "dynamic"))
-    check_word("disparse", "score", score or "saliency", ("saliency", "magnitude", "taylor"))
-    check_word("disparse", "weights", weights, ("own", "xavier"))
-    check_word("disparse", "regrow", regrow, ("zero", "stale"))
+    given = Options("disparse")
+    given.word("variant", variant, ("static", "pretrained", "dynamic"))
+    given.word("score", score, (None, "saliency", "magnitude", "taylor"))
+    given.word("weights", weights, ("own", "xavier"))
+    given.word("regrow", regrow, ("zero", "stale"))
+    given.word("batchnorm", batchnorm, ("shared", "private"))
+    given.number("sparsity", sparsity, "[0, 1)")
+    given.whole("batches", batches, 1)
+    given.number("dense", dense, "[0, 1)")
+    given.number("explore", explore, "(0, 1)")
+    given.whole("every", every, 1)
+    given.number("drop", drop, "(0, 1]")
+    given.number("power", power, "[0, inf)")
+    given.whole("seed", seed, 0)
     if variant == "dynamic" and score is not None:
         raise PlanError(
             "disparse(variant='dynamic') drops by magnitude and grows by gradient; leave out "
             f"score={score!r}."
         )
-    bounds = {
-        "sparsity": (0.0 <= sparsity < 1.0, "a share in [0, 1)", sparsity),
-        "batches": (batches >= 1 and batches == int(batches), "a whole number >= 1", batches),
-        "dense": (0.0 <= dense < 1.0, "a share in [0, 1)", dense),
-        "explore": (0.0 < explore < 1.0, "a share in (0, 1)", explore),
-        "every": (every >= 1 and every == int(every), "a whole number >= 1", every),
-        "drop": (0.0 < drop <= 1.0, "a share in (0, 1]", drop),
-        "power": (power >= 0.0, "a number >= 0", power),
-    }
-    for option, (good, words, found) in bounds.items():
-        if not good:
-            raise PlanError(f"disparse({option}=...) is {words}, found {found!r}.")

@@ -6,8 +6,7 @@ Multi-Task Learning", 2023, https://arxiv.org/abs/2305.17305.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from numbers import Real
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from torch import nn
@@ -16,6 +15,7 @@ from weft.adapters.block_policy import BlockPolicy, Draw
 from weft.adapters.instance_gate import Decision, InstanceGate
 from weft.core.adapter import Insertion
 from weft.core.blocks import ResidualBlock
+from weft.core.options import Options
 from weft.core.sharing import Sharing
 from weft.core.sites import everything
 from weft.errors import PlanError
@@ -24,8 +24,6 @@ from weft.penalties import GateRate, PolicyForm
 from .policies import (
     Blocks,
     PolicyOptions,
-    check_price,
-    check_word,
     find_blocks,
     with_shortcuts,
 )
@@ -116,8 +114,8 @@ def dynashare(
         batchnorm=batchnorm,
     )
     options.check("dynashare")
-    check_price("dynashare", "rate", rate)
-    check_word("dynashare", "decision", decision, ("argmax", "sample"))
+    Options("dynashare").number("rate", rate, "[0, inf)")
+    Options("dynashare").word("decision", decision, ("argmax", "sample"))
     if example is None:
         raise PlanError(
             "dynashare sizes its gates by running the base once: give it example=x, one batch for "
@@ -167,15 +165,15 @@ def _targets(target: float | Sequence[float], found: dict[str, ResidualBlock]) -
         PlanError: not one number per block, or none that a gate could meet.
     """
     count = len(found)
-    if isinstance(target, (float, Real)):
-        chosen = [1.0] * (count // 2) + [float(target)] * (count - count // 2)
-    else:
-        chosen = [float(t) for t in target]
+    several = isinstance(target, Iterable) and not isinstance(target, str)
+    chosen: list[float] = list(target) if isinstance(target, Iterable) else [target]
+    for number in chosen:
+        Options("dynashare").number("target", number, "(0, 1]", "or one for each block")
+    if not several:
+        chosen = [1.0] * (count // 2) + chosen * (count - count // 2)
     if len(chosen) != count:
         raise PlanError(
             f"dynashare(target=...) is one number, or one per block: found {len(chosen)} for "
             f"{count} blocks, {', '.join(found)}."
         )
-    if not all(0.0 < t <= 1.0 for t in chosen):
-        raise PlanError(f"dynashare(target=...) is in (0, 1], found {target}.")
     return dict(zip(found, chosen, strict=True))

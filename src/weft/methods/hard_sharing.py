@@ -12,10 +12,14 @@ from typing import Literal
 
 from torch import nn
 
+from weft.core.options import Options
 from weft.core.patch import Patch, Replace
 from weft.core.sharing import Sharing
 from weft.core.sites import Kind, Site, everything, sites
 from weft.errors import PlanError, close_matches
+
+OWN = "'bottom', 'top', 'nothing' or a list of patterns of module names"
+"""What can be private, in words."""
 
 
 def hard_sharing(
@@ -48,15 +52,13 @@ def hard_sharing(
     Differs from the paper in that batch normalisation is private by default. Whether the paper's
     was is not known; it is an option because it confounds the comparison of bottom and top.
     """
-    if batchnorm not in ("private", "follow"):
-        raise PlanError(
-            f"hard_sharing(batchnorm=...) is 'private' or 'follow', found {batchnorm!r}."
-        )
+    Options("hard_sharing").word("batchnorm", batchnorm, ("private", "follow"))
     if own == "nothing":
         private: list[Site] = []
     elif isinstance(own, str):
         private = _end(base, own, fraction)
     else:
+        Options("hard_sharing").names("own", own, OWN)
         private = _named(base, own)
     patches: dict[str, Patch] = {n: Replace() for s in private for n in s.parameters + s.statistics}
     if batchnorm == "private":
@@ -83,14 +85,10 @@ def _end(base: nn.Module, end: str, fraction: float) -> list[Site]:
     """The sites up to the cut, from the bottom or from the top."""
     if end not in ("bottom", "top"):
         raise PlanError(
-            "hard_sharing(own=...) is 'bottom', 'top', 'nothing' or a list of patterns of module "
-            f"names, found {end!r}. One pattern is a list, too: own=[{end!r}]."
+            f"hard_sharing(own=...) is {OWN}, found {end!r}. One pattern is a list, too: "
+            f"own=[{end!r}]."
         )
-    if not 0.0 < fraction < 1.0:
-        raise PlanError(
-            f"hard_sharing(fraction=...) is between 0 and 1, found {fraction}. For nothing owned "
-            "say own='nothing', for everything use full_finetune."
-        )
+    Options("hard_sharing").number("fraction", fraction, "(0, 1)")
     units = _units(base)
     if len(units) < 2:
         raise PlanError(

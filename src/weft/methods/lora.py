@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from weft.adapters.low_rank import LowRank, is_linear, takes
 from weft.core.adapter import Insertion
-from weft.core.numbers import is_number
+from weft.core.options import Options, is_number, is_whole
 from weft.core.patch import Patch
 from weft.core.sharing import Sharing
 from weft.core.sites import Kind, Site, named_tensors, sites
@@ -77,11 +77,12 @@ def lora(
     """
     _check("r", r, is_rank, "a rank of 1 or more")
     _check("alpha", alpha, is_numerator, "a number other than 0")
-    _check("dropout", dropout, is_probability, "a probability in [0, 1)")
+    given = Options("lora")
+    given.number("dropout", dropout, "[0, 1)")
+    given.switch("rslora", rslora)
+    given.word("init", init, ("kaiming", "gaussian"))
     _check("target", target, _is_choice, 'names, a regular expression, "all-linear" or None')
     _check("exclude", exclude, _is_choice, "names, a regular expression or None")
-    _check("rslora", rslora, lambda value: isinstance(value, bool), "True or False")
-    _check("init", init, lambda value: value in ("kaiming", "gaussian"), "'kaiming' or 'gaussian'")
     _check_pattern("rank_pattern", rank_pattern, is_rank, "a rank of 1 or more")
     _check_pattern("alpha_pattern", alpha_pattern, is_numerator, "a number other than 0")
     found = sites(base)
@@ -212,7 +213,7 @@ def _nothing(refused: Mapping[str, str]) -> str:
 
 def is_rank(value: object) -> bool:
     """Whether something is a whole number of 1 or more."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return is_whole(value, 1)
 
 
 def is_numerator(value: object) -> bool:

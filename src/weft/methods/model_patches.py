@@ -16,6 +16,7 @@ from torch import nn
 from weft.adapters.channel_affine import ChannelAffine
 from weft.core.adapter import Insertion
 from weft.core.channels import output_channels
+from weft.core.options import Options
 from weft.core.patch import Patch, Replace
 from weft.core.sharing import Group, Sharing
 from weft.core.sites import Kind, Site, everything, sites
@@ -50,8 +51,9 @@ def scale_bias(base: nn.Module, *, where: Where | None = None, train_base: bool 
     Differs from the paper in that running statistics are per task also where tasks train one by
     one, and that scales and shifts are inserted after linear layers too.
     """
-    if where not in (None, "norms", "layers"):
-        raise PlanError(f"scale_bias(where=...) is 'norms', 'layers' or None, found {where!r}.")
+    given = Options("scale_bias")
+    given.word("where", where, (None, "norms", "layers"))
+    given.switch("train_base", train_base)
     where = where or ("norms" if norm_patches(base) else "layers")
     affines = _at_norms(base) if where == "norms" else _at_layers(base)
     if not affines.patches and not affines.adapters:
@@ -82,10 +84,13 @@ def depthwise_patch(
         The plan.
 
     Raises:
-        PlanError: the base has no depthwise convolution.
+        PlanError: a wrong option, or a base without depthwise convolutions.
 
     Differs from the paper as `scale_bias` does.
     """
+    given = Options("depthwise_patch")
+    given.switch("scale_bias", scale_bias)
+    given.switch("train_base", train_base)
     depthwise = [s for s in sites(base) if s.kind is Kind.DEPTHWISE]
     if not depthwise:
         raise PlanError(

@@ -15,13 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from weft.core.model import MultiTaskModel
+from weft.core.options import Options
 from weft.core.patch import Patch, Replace
 from weft.core.sharing import Created, Group, Phase, Sharing, Taken
 from weft.core.sites import Kind, sites
 from weft.errors import PlanError
 from weft.patches.mixture import Mixture, bases_key
-
-from .policies import check_price, check_word
 
 COEFFICIENTS = "paco:coefficients"
 """Key of a task's K numbers."""
@@ -81,14 +80,17 @@ def paco(
     starts as the base up to rounding; in normalisation, which its networks have none of; and in
     that heads are the tasks' own, not mixed.
     """
-    if k < 1 or k != int(k):
-        raise PlanError(f"paco(k=...) is a whole number >= 1, found {k!r}.")
-    check_word("paco", "bases", bases, ("trained", "given"))
-    check_word("paco", "norms", norms, ("private", "shared"))
-    check_word("paco", "reset", reset, ("interpolate", "copy"))
-    check_price("paco", "noise", noise)
-    if limit is not None and not limit > 0.0:
-        raise PlanError(f"paco(limit=...) is a number > 0 or None, found {limit}.")
+    given = Options("paco")
+    given.whole("k", k, 1)
+    given.word("bases", bases, ("trained", "given"))
+    given.word("norms", norms, ("private", "shared"))
+    given.word("reset", reset, ("interpolate", "copy"))
+    given.switch("fixed_coefficients", fixed_coefficients)
+    given.switch("softmax", softmax)
+    given.number("noise", noise, "[0, inf)")
+    given.whole("seed", seed, 0)
+    if limit is not None:
+        given.number("limit", limit, "(0, inf)", "or None")
     if fixed_coefficients and limit is not None:
         raise PlanError(
             "paco(fixed_coefficients=True) keeps the numbers of tasks, and limit=... draws them "

@@ -11,6 +11,7 @@ from torch import nn
 from weft.adapters.block_policy import Draw, KeptOutput
 from weft.core.adapter import Insertion
 from weft.core.blocks import ResidualBlock, residual_blocks
+from weft.core.options import Options, is_number
 from weft.core.patch import Patch
 from weft.core.sharing import Group, Penalty, Phase, Turn
 from weft.errors import PlanError
@@ -37,11 +38,8 @@ def find_blocks(
     Raises:
         PlanError: there are none, or what was given does not tell.
     """
-    if isinstance(blocks, str):
-        raise PlanError(
-            f"{method}(blocks=...) is names of blocks, or {{block: shortcut}}, found {blocks!r}. "
-            f"One block is a list, too: blocks=[{blocks!r}]."
-        )
+    if blocks is not None and not isinstance(blocks, Mapping):
+        Options(method).names("blocks", blocks, "names of blocks, or {block: shortcut}")
     if example is not None:
         found = residual_blocks(base, example, blocks)
     elif isinstance(blocks, Mapping):
@@ -96,28 +94,27 @@ class PolicyOptions:
         Raises:
             PlanError: names the option.
         """
-        words: dict[str, tuple[str, tuple[str, ...]]] = {
-            "losses": (self.losses, ("paper", "code")),
-            "evaluation": (self.evaluation, ("likely", "sample")),
-            "final": (self.final, ("likely", "sample")),
-            "retrain_from": (self.retrain_from, ("start", "policy")),
-            "batchnorm": (self.batchnorm, ("shared", "private")),
-        }
-        for option, (word, known) in words.items():
-            check_word(method, option, word, known)
-        for option in ("sparsity", "sharing", "policy_lr"):
-            check_price(method, option, getattr(self, option))
-        if not (self.warmup >= 0.0 and self.retrain > 0.0 and self.warmup + self.retrain < 1.0):
+        given = Options(method)
+        given.word("losses", self.losses, ("paper", "code"))
+        given.word("evaluation", self.evaluation, ("likely", "sample"))
+        given.word("final", self.final, ("likely", "sample"))
+        given.word("retrain_from", self.retrain_from, ("start", "policy"))
+        given.word("batchnorm", self.batchnorm, ("shared", "private"))
+        given.number("sparsity", self.sparsity, "[0, inf)")
+        given.number("sharing", self.sharing, "[0, inf)")
+        given.number("policy_lr", self.policy_lr, "[0, inf)")
+        given.number("warmup", self.warmup, "[0, 1)")
+        given.number("retrain", self.retrain, "(0, 1)")
+        given.number("curriculum", self.curriculum, "[0, 1]")
+        given.number("policy_data", self.policy_data, "(0, 1)")
+        given.whole("seed", self.seed, 0)
+        if not self.warmup + self.retrain < 1.0:
             raise PlanError(
-                f"{method}(warmup=..., retrain=...) are shares of the epochs, at least 0 and over "
-                f"0, that leave some for policies; found {self.warmup} and {self.retrain}."
+                f"{method}(warmup=..., retrain=...) are shares of the epochs that leave some for "
+                f"policies; found {self.warmup} and {self.retrain}."
             )
-        if not 0.0 <= self.curriculum <= 1.0:
-            raise PlanError(f"{method}(curriculum=...) is in [0, 1], found {self.curriculum}.")
-        if not 0.0 < self.policy_data < 1.0:
-            raise PlanError(f"{method}(policy_data=...) is in (0, 1), found {self.policy_data}.")
         pair = isinstance(self.temperature, Sequence) and len(self.temperature) == 2
-        if not pair or not min(self.temperature) > 0.0:
+        if not pair or not all(is_number(t) and t > 0.0 for t in self.temperature):
             raise PlanError(
                 f"{method}(temperature=...) is two numbers > 0, for the first and the last epoch "
                 f"of policy learning; found {self.temperature}."
@@ -177,24 +174,3 @@ class PolicyOptions:
             restart=self.retrain_from == "start",
         )
         return (first, learn, again) if self.warmup else (learn, again)
-
-
-def check_word(method: str, option: str, word: str, known: tuple[str, ...]) -> None:
-    """Refuse an unknown word.
-
-    Raises:
-        PlanError: names the option and its words.
-    """
-    if word not in known:
-        words = " or ".join(map(repr, known))
-        raise PlanError(f"{method}({option}=...) is {words}, found {word!r}.")
-
-
-def check_price(method: str, option: str, price: float) -> None:
-    """Refuse a number below zero.
-
-    Raises:
-        PlanError: names the option.
-    """
-    if not price >= 0.0:
-        raise PlanError(f"{method}({option}=...) is a number >= 0, found {price}.")

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from weft.core.options import Options
 from weft.core.patch import Patch, Replace
 from weft.core.sharing import Created, Group, Sharing
 from weft.core.sites import Site, sites
@@ -64,8 +65,9 @@ def rcm(
     Differs from the authors' code, which puts b back with the wrong sign, at full rank without
     consequence; and in that W_t W_s is composed instead of two convolutions run in training.
     """
-    if not 0.0 < rank <= 1.0:
-        raise PlanError(f"rcm(rank=...) is a share in (0, 1], found {rank!r}.")
+    given = Options("rcm")
+    given.number("rank", rank, "(0, 1]")
+    given.switch("normalise", normalise)
     if rank < 1.0 and responses is None:
         raise PlanError(
             f"rcm(rank={rank}) keeps the components that matter for data: give responses=batches."

@@ -84,6 +84,11 @@ def layer_responses(base: nn.Module, batches: Iterable[Any]) -> dict[str, Seen]:
         raise DataError(
             "rcm(responses=...) is batches of inputs, found one tensor. Give it as responses=[x]."
         )
+    if not isinstance(batches, Iterable) or isinstance(batches, (str, Mapping)):
+        raise DataError(
+            "rcm(responses=...) is batches of inputs, a DataLoader or a list, found an object of "
+            f"type {type(batches).__name__}."
+        )
     network = copy.deepcopy(base).eval()
     scripted = any(isinstance(module, torch.jit.ScriptModule) for module in network.modules())
     watch = _Watch()

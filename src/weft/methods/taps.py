@@ -13,6 +13,7 @@ from typing import Literal
 
 from torch import nn
 
+from weft.core.options import Options, is_number, is_whole
 from weft.core.patch import Patch
 from weft.core.sharing import Group, Phase, Sharing
 from weft.core.sites import Kind, named_tensors, sites
@@ -81,7 +82,10 @@ def taps(
     """
     form = form or ("residual" if joint else "tuned")
     charge = charge or ("layers" if budget is None else "parameters")
-    _check_options(penalty, budget, charge, warmup, harden, form, joint, legacy_norm)
+    _check_options(
+        *(penalty, budget, charge, warmup, harden, form, joint),
+        *(initial_score, threshold, legacy_norm),
+    )
     price = PRICE if budget is not None else None
     make = GatedTuned if form == "tuned" else GatedResidual
     patches: dict[str, Patch] = {}
@@ -186,13 +190,21 @@ def _check_options(
     harden: float,
     form: str,
     joint: bool,
+    initial_score: float,
+    threshold: float,
     legacy_norm: int | None,
 ) -> None:
-    if not penalty >= 0.0:
-        raise PlanError(f"taps(penalty=...) is a number >= 0, found {penalty}.")
+    given = Options("taps")
+    given.number("initial_score", initial_score)
+    given.number("threshold", threshold)
+    given.number("penalty", penalty, "[0, inf)")
+    given.number("harden", harden, "[0, 1)")
+    given.word("charge", charge, ("layers", "parameters"))
+    given.word("form", form, ("tuned", "residual"))
+    given.whole("warmup", warmup, 0)
+    given.switch("joint", joint)
     if budget is not None:
-        share = 0.0 < budget <= 1.0
-        if isinstance(budget, bool) or not (share or (isinstance(budget, int) and budget > 1)):
+        if not is_whole(budget, 2) and not (is_number(budget) and 0.0 < budget <= 1.0):
             raise PlanError(
                 "taps(budget=...) is a share of the base's parameters in (0, 1] or a whole number "
                 f"of bytes, found {budget!r}."
@@ -204,17 +216,9 @@ def _check_options(
                 "taps(budget=...) chooses the final gates before the phase with frozen scores and "
                 "moves the price from where it starts: harden and penalty must not be 0."
             )
-    if charge not in ("layers", "parameters"):
-        raise PlanError(f"taps(charge=...) is 'layers' or 'parameters', found {charge!r}.")
-    if warmup < 0 or warmup != int(warmup):
-        raise PlanError(f"taps(warmup=...) is a whole number of epochs >= 0, found {warmup}.")
-    if not 0.0 <= harden < 1.0:
-        raise PlanError(f"taps(harden=...) is a share in [0, 1), found {harden}.")
-    if form not in ("tuned", "residual"):
-        raise PlanError(f"taps(form=...) is 'tuned' or 'residual', found {form!r}.")
     if joint and form == "tuned":
         raise PlanError("taps(joint=True) trains the base, over which only form='residual' works.")
-    if legacy_norm is not None and legacy_norm <= 0:
-        raise PlanError(f"taps(legacy_norm=...) is a number > 0 or None, found {legacy_norm}.")
+    if legacy_norm is not None:
+        given.number("legacy_norm", legacy_norm, "(0, inf)", "or None")
     if legacy_norm is not None and charge == "parameters":
         raise PlanError("taps(legacy_norm=...) goes with charge='layers', found 'parameters'.")

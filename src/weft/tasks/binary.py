@@ -9,13 +9,14 @@ from typing import final
 import torch.nn.functional as F
 from torch import Tensor
 
+from weft.core.options import Options
 from weft.core.task import Metric, Task
-from weft.errors import DataError
+from weft.errors import ConfigError, DataError
 
 from .curves import AVERAGINGS, Averaging, auc_metric, flat_area, label_areas
 from .heads import MakePooledLinear
 from .metrics import ShareOf
-from .options import check_choice, class_names, plain_classes
+from .options import class_names, plain_classes
 
 
 @final
@@ -78,7 +79,7 @@ def Binary(labels: int | Sequence[str] = 1, *, auc: Averaging | None = "pooled")
     Raises:
         ConfigError: an option that cannot work.
     """
-    check_choice("Binary(auc=...)", auc, AVERAGINGS)
+    Options("Binary", ConfigError).word("auc", auc, AVERAGINGS)
     names, count = class_names(labels, at_least=1)
     metrics: dict[str, Metric] = {"accuracy": ShareOf(right_side)}
     return Task(

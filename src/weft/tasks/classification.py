@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
+from weft.core.options import Options
 from weft.core.task import Metric, Task
 from weft.errors import ConfigError, DataError
 
 from .curves import AVERAGINGS, Averaging, auc_metric, class_areas, pair_areas
 from .heads import MakePooledLinear
-from .options import check_choice, class_names, plain_classes
+from .options import class_names, plain_classes
 
 
 @final
@@ -103,8 +104,8 @@ def Classification(
     """
     if not 0.0 <= smoothing < 1.0:
         raise ConfigError(f"Classification(smoothing=...) is in [0, 1), found {smoothing}.")
-    check_choice("Classification(head_init=...)", head_init, ("default", "zero"))
-    check_choice("Classification(auc=...)", auc, AVERAGINGS)
+    Options("Classification", ConfigError).word("head_init", head_init, ("default", "zero"))
+    Options("Classification", ConfigError).word("auc", auc, AVERAGINGS)
     if head_init == "zero" and not head_trains:
         raise ConfigError(
             "Classification(head_init='zero', head_trains=False) would give equal logits for "

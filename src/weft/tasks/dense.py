@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import MeanAbsoluteError
 
+from weft.core.options import Options
 from weft.core.task import Task
 from weft.errors import ConfigError, DataError
 
 from .heads import DENSE_HEADS, DenseHead, MakeDense
 from .metrics import OnPairs, Pairs
-from .options import check_choice
 
 
 def at_target(output: Tensor, target: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ def DenseRegression(
     """
     if channels < 1:
         raise ConfigError(f"DenseRegression needs at least 1 channel, found {channels}.")
-    check_choice("DenseRegression(head=...)", head, DENSE_HEADS)
+    Options("DenseRegression", ConfigError).word("head", head, DENSE_HEADS)
     pairs = ValidNumbers(invalid)
     return Task(
         head=MakeDense(channels, head),

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanAbsoluteError, MeanAbsolutePercentageError
 
+from weft.core.options import Options
 from weft.core.task import Metric, Task
 from weft.errors import ConfigError
 
 from .dense import MaskedL1, at_target, check_map, with_channels
 from .heads import DENSE_HEADS, DenseHead, MakeDense
 from .metrics import OnPairs, PerBatch, ShareOf
-from .options import VARIANTS, Variant, check_choice
+from .options import VARIANTS, Variant
 
 
 @final
@@ -95,8 +96,8 @@ def Depth(*, minimum: float = 0.0, variant: Variant = "standard", head: DenseHea
     """
     if not minimum >= 0:
         raise ConfigError(f"Depth(minimum=...) is a number >= 0, found {minimum}.")
-    check_choice("Depth(variant=...)", variant, VARIANTS)
-    check_choice("Depth(head=...)", head, DENSE_HEADS)
+    Options("Depth", ConfigError).word("variant", variant, VARIANTS)
+    Options("Depth", ConfigError).word("head", head, DENSE_HEADS)
     pairs = KnownDepths(minimum)
     errors = {"abs_error": MeanAbsoluteError(), "rel_error": MeanAbsolutePercentageError()}
     metrics: dict[str, Metric] = {}

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 import torchmetrics
 from torch import Tensor
 
+from weft.core.options import Options
 from weft.core.task import Metric, Task
-from weft.errors import DataError
+from weft.errors import ConfigError, DataError
 
 from .dense import at_target, check_map
 from .heads import DENSE_HEADS, DenseHead, MakeDense
 from .metrics import MeanOf, OnPairs, ShareOf
-from .options import check_choice
 
 Encoding = Literal["decoded", "adashare"]
 """Unit vectors, or the 8-bit values of their pictures taken for vectors."""
@@ -192,8 +192,8 @@ def SurfaceNormals(*, encoding: Encoding = "decoded", head: DenseHead = "conv") 
     compare with ``encoding="adashare"`` only, and with nothing else. It also trains at the
     resolution of the features against the nearest targets.
     """
-    check_choice("SurfaceNormals(encoding=...)", encoding, ("decoded", "adashare"))
-    check_choice("SurfaceNormals(head=...)", head, DENSE_HEADS)
+    Options("SurfaceNormals", ConfigError).word("encoding", encoding, ("decoded", "adashare"))
+    Options("SurfaceNormals", ConfigError).word("head", head, DENSE_HEADS)
     pairs = KnownNormals(encoding)
     metrics: dict[str, Metric] = {
         "mean_angle": OnPairs(pairs, MeanOf(angles)),

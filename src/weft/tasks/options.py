@@ -5,28 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from weft.errors import ConfigError, close_matches
+from weft.errors import ConfigError
 
 Variant = Literal["standard", "adashare"]
 """How scores are measured: in the usual way, or as AdaShare's code does."""
 
 VARIANTS: tuple[Variant, ...] = ("standard", "adashare")
-
-
-def check_choice(option: str, found: str | None, choices: Sequence[str | None]) -> None:
-    """Refuse a value that is none of the choices.
-
-    Args:
-        option: what it is the value of, for instance ``Depth(variant=...)``.
-        found: the value.
-        choices: what is possible.
-
-    Raises:
-        ConfigError: names the choices, with close matches.
-    """
-    if found not in choices:
-        hint = close_matches(str(found), [c for c in choices if c is not None])
-        raise ConfigError(f"{option} is {' or '.join(map(repr, choices))}, found {found!r}.{hint}")
 
 
 def class_names(

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import MeanAbsoluteError, MeanSquaredError
 
+from weft.core.options import Options
 from weft.core.task import Metric, Task
 from weft.errors import ConfigError, DataError
 
 from .heads import MakePooledLinear
-from .options import check_choice
 
 
 @final
@@ -68,7 +68,7 @@ def Regression(targets: int = 1, *, loss: Literal["mse", "l1"] = "mse") -> Task:
     Raises:
         ConfigError: an option that cannot work.
     """
-    check_choice("Regression(loss=...)", loss, ("mse", "l1"))
+    Options("Regression", ConfigError).word("loss", loss, ("mse", "l1"))
     if targets < 1:
         raise ConfigError(f"Regression needs at least 1 target, found {targets}.")
     metrics: dict[str, Metric] = {"mse": MeanSquaredError(), "mae": MeanAbsoluteError()}

@@ -11,13 +11,15 @@ import torch.nn.functional as F
 import torchmetrics
 from torch import Tensor
 
+from weft.core.options import Options
 from weft.core.task import Metric, Task
+from weft.errors import ConfigError
 
 from .classification import CheckClasses
 from .dense import at_target
 from .heads import DENSE_HEADS, DenseHead, MakeDense
 from .metrics import PerBatch, ShareOf
-from .options import VARIANTS, Variant, check_choice, class_names, plain_classes
+from .options import VARIANTS, Variant, class_names, plain_classes
 
 
 @final
@@ -136,8 +138,8 @@ def Segmentation(
     as 0; and averages pixel accuracy over batches by their rows, where void pixels with a label
     below 0 (as of Cityscapes) count as wrong. ``variant="adashare"`` measures in these last ways.
     """
-    check_choice("Segmentation(variant=...)", variant, VARIANTS)
-    check_choice("Segmentation(head=...)", head, DENSE_HEADS)
+    Options("Segmentation", ConfigError).word("variant", variant, VARIANTS)
+    Options("Segmentation", ConfigError).word("head", head, DENSE_HEADS)
     names, count = class_names(classes, at_least=2)
     metrics: dict[str, Metric]
     if variant == "standard":

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from weft.core.numbers import is_number, is_whole
+from weft.core.options import Options
 from weft.errors import ConfigError, close_matches
 
 from .schedule import Schedule
@@ -44,34 +44,29 @@ class Settings:
         Raises:
             ConfigError: names the option, what was found and what is expected.
         """
-        _whole("epochs", self.epochs, 1)
-        _whole("accumulate", self.accumulate, 1)
-        _whole("warmup_steps", self.warmup_steps, 0)
-        _whole("seed", self.seed, 0)
-        if self.steps is not None:
-            _whole("steps", self.steps, 1)
-        if self.patience is not None:
-            _whole("patience", self.patience, 1)
+        given = Options("", ConfigError)
+        given.whole("epochs", self.epochs, 1)
+        given.whole("accumulate", self.accumulate, 1)
+        given.whole("warmup_steps", self.warmup_steps, 0)
+        given.whole("seed", self.seed, 0)
+        given.number("momentum", self.momentum, "[0, 1)")
+        given.number("weight_decay", self.weight_decay, "[0, inf)")
+        given.word("keep", self.keep, ("best", "last"))
+        given.word("schedule", self.schedule, ("cosine", "constant"))
+        for name, count in {"steps": self.steps, "patience": self.patience}.items():
+            if count is not None:
+                given.whole(name, count, 1, "or None")
         positive = {"lr": self.lr, "head_lr": self.head_lr, "clip": self.clip}
         for name, value in positive.items():
-            if value is not None and not (is_number(value) and 0.0 < value < math.inf):
-                raise ConfigError(f"{name} is a positive number, found {value!r}.")
-        if not (is_number(self.momentum) and 0.0 <= self.momentum < 1.0):
-            raise ConfigError(f"momentum is a number in [0, 1), found {self.momentum!r}.")
-        if not (is_number(self.weight_decay) and 0.0 <= self.weight_decay < math.inf):
-            raise ConfigError(f"weight_decay is a number >= 0, found {self.weight_decay!r}.")
-        if self.keep not in ("best", "last"):
-            raise ConfigError(f"keep is 'best' or 'last', found {self.keep!r}.")
-        if self.schedule not in ("cosine", "constant"):
-            raise ConfigError(f"schedule is 'cosine' or 'constant', found {self.schedule!r}.")
+            if value is not None:
+                given.number(name, value, "(0, inf)")
         for task, weight in self.weights.items():
             if task not in tasks:
                 raise ConfigError(
                     f"weights names '{task}', which is not fitted. Fitted: {', '.join(tasks)}."
                     + close_matches(task, tasks)
                 )
-            if not (is_number(weight) and 0.0 <= weight < math.inf):
-                raise ConfigError(f"weights[{task!r}] is a number >= 0, found {weight!r}.")
+            given.number(f"weights[{task!r}]", weight, "[0, inf)")
 
     def updates(self, steps: int) -> int:
         """How many optimiser steps so many batches make."""
@@ -81,8 +76,3 @@ class Settings:
         """The settings as a dict of plain values."""
         values = {**asdict(self), "weights": {k: float(v) for k, v in self.weights.items()}}
         return {k: v.item() if isinstance(v, np.generic) else v for k, v in values.items()}
-
-
-def _whole(name: str, value: object, least: int) -> None:
-    if not is_whole(value, least):
-        raise ConfigError(f"{name} is a whole number of at least {least}, found {value!r}.")
