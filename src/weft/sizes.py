@@ -10,8 +10,12 @@ UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-def size_in_bytes(text: str) -> int:
+def size_in_bytes(text: str, *, least: int = 1) -> int:
     """A size as people write it: ``256MB``, ``1.5 GiB``, ``4096``.
+
+    Args:
+        text: the size.
+        least: bytes that it must have, 0 or 1.
 
     Raises:
         ConfigError: it is none.
@@ -20,8 +24,9 @@ def size_in_bytes(text: str) -> int:
     if found is None or found[2].upper() not in UNITS:
         raise ConfigError(f"A size is a number with {', '.join(UNITS)}; found '{text}'.")
     size = float(found[1]) * UNITS[found[2].upper()]
-    if not 1 <= size < 2**63:
-        raise ConfigError(f"A size is at least one byte and less than 8 EiB, found '{text}'.")
+    if not least <= size < 2**63:
+        expected = "at least one byte and less" if least else "less"
+        raise ConfigError(f"A size is {expected} than 8 EiB, found '{text}'.")
     return int(size)
 
 

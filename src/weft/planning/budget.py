@@ -27,7 +27,7 @@ def budget_in_bytes(budget: int | str, base_bytes: int) -> int:
     times = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*[xX]\s*", budget)
     if times is None:
         try:
-            return size_in_bytes(budget)
+            return size_in_bytes(budget, least=0)
         except ConfigError as error:
             raise ConfigError(f"budget: {error} Or 1.5x, times the bytes of the base.") from None
     factor = float(times[1])
