@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor, nn
@@ -15,29 +13,20 @@ from torch.utils import _pytree as pytree
 from weft.errors import WeftError
 
 from .adapter import Call
-from .drawing import disturbed, drawn_rows
 from .forms import Alone, form_of, skeleton
+from .mixed_forward import MixedForward, MixedForwardError, rows_in
 from .mixing import Group, Mixing
 from .pool import Pool
 from .rows import Answer, Arguments, select_output, select_rows
 from .rowwise import RowsUnknownError
-from .sites import evaluating, named_tensors
+from .sites import named_tensors
 from .state import TaskState
 
 if TYPE_CHECKING:
     from .running import Runner
 
 
-COMPARED = 8
-"""Tasks that are checked at once where a module parts rows for the first time."""
-
-ROWS_EACH = 2
-"""Rows of each of them."""
-
-AGREEMENT = {torch.float64: 1e-9, torch.float32: 3e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
-"""What may differ between a row in a mixed batch and alone, relative to the largest number."""
-
-
+@final
 class MixedRows:
     """Runs batches of rows of different tasks.
 
@@ -47,9 +36,13 @@ class MixedRows:
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
-        self.mixing = Mixing()
+        self._forward = MixedForward()
         self._heads: dict[Hashable, Pool] = {}
-        self._checked: WeakKeyDictionary[Pool, _Checked] = WeakKeyDictionary()
+
+    @property
+    def mixing(self) -> Mixing:
+        """What finds the rows in the structures of the model."""
+        return self._forward.mixing
 
     def forget(self) -> None:
         """Let go of tensors of tasks that are gone."""
@@ -116,11 +109,8 @@ class MixedRows:
                 raise  # it wrote to its input and failed: there is nothing to begin again with
             answers = apart()
             if isinstance(error, MixedForwardError):
-                self._checks(pool).refused.add(error.how)
+                self._forward.refuse(pool, error.how)
             return answers
-
-    def _checks(self, pool: Pool) -> _Checked:
-        return self._checked.setdefault(pool, _Checked())
 
     def _can_mix(
         self, states: Mapping[str, TaskState], context: Mapping[str, Any], training: bool
@@ -194,97 +184,10 @@ class MixedRows:
             for name, state in states.items()
         ]
         call, read = Call(), partial(select_output, which=self._runner.output)
-        features: Tensor = self._run(pool, base, groups, batch, call, read, writable)
+        features: Tensor = self._forward.run(pool, base, groups, batch, call, read, writable)
         self._runner.has_run_on(*batch)
         side = self._taps(pool, states, groups, base, call)
         return self._heads_on(states, places, bounds, features, side)
-
-    def _run(
-        self,
-        pool: Pool,
-        base: Mapping[str, Tensor],
-        groups: Sequence[Group],
-        batch: Arguments,
-        call: Call,
-        read: Callable[[Any], Any],
-        writable: frozenset[str] | None = None,
-    ) -> Any:
-        """What is read of the output for all groups, rows first.
-
-        Raises:
-            RowsUnknownError: the groups have to run one by one.
-            MixedForwardError: the forward failed, for whatever reason.
-        """
-        args, kwargs = batch
-        checks, training = self._checks(pool), writable is not None
-        for checked in (False, True):
-            with self.mixing.bound(pool, base, groups, batch, read, writable) as (structure, how):
-                if how in checks.refused:
-                    raise RowsUnknownError
-                if how - structure.moving <= checks.right[training]:
-                    try:
-                        output = structure.run(args, kwargs, call)
-                    except (WeftError, torch.OutOfMemoryError):
-                        raise
-                    except Exception as error:
-                        raise MixedForwardError(how) from error
-                    value = read(output)
-                    if value is not output and torch.is_grad_enabled():
-                        structure.await_backward(value)
-                    return value
-            if not checked:
-                self._check(pool, base, groups, batch, read, how, training)
-        checks.refused.add(how)  # the check cannot tell, so it is not made again
-        raise RowsUnknownError
-
-    def _check(
-        self,
-        pool: Pool,
-        base: Mapping[str, Tensor],
-        groups: Sequence[Group],
-        batch: Arguments,
-        read: Callable[[Any], Any],
-        how: Hashable,
-        training: bool,
-    ) -> None:
-        """Compare what units give with what tasks give on their own, once.
-
-        Inputs are drawn, and tasks are disturbed: rows and tasks that are alike by chance show
-        nothing. What is random in training, and statistics, are left out.
-
-        Raises:
-            RowsUnknownError: they differ.
-        """
-        rows, writable = groups[-1].stop, frozenset[str]() if training else None
-        generator = torch.Generator().manual_seed(0)
-        checks = self._checks(pool)
-        for some in _chunks(groups, COMPARED):
-            known: dict[int, Tensor] = {}
-            count = ROWS_EACH * len(some)
-            drawn = drawn_rows(batch, rows, count, seed=1)
-            args, kwargs = drawn
-            starts = range(0, count, ROWS_EACH)
-            others = [
-                Group(start, start + ROWS_EACH, disturbed(group.tensors, known, generator))
-                for start, group in zip(starts, some, strict=True)
-            ]
-            with torch.no_grad():
-                with self.mixing.bound(pool, base, others, drawn, read, writable) as (mixed, found):
-                    with evaluating(mixed.module):
-                        value = read(mixed.run(args, kwargs, Call()))
-                for group in others:
-                    args, kwargs = select_rows(drawn, range(group.start, group.stop), count)
-                    with pool.lease() as structure, evaluating(structure.module):
-                        structure.set_mode(training, frozenset())
-                        structure.bind({**base, **group.tensors})
-                        alone = read(structure.run(args, kwargs, Call()))
-                    if not _agree(_rows_in(value, group), alone):
-                        checks.refused.add(how)
-                        raise RowsUnknownError
-            # A kernel that agrees shows that rows are where they were thought to be: its module may
-            # also run task by task, as it does where its tensors are too large for a kernel.
-            parted = (unit[0] for unit in found if isinstance(unit, tuple))
-            checks.right[training].update(found, parted)
 
     def _taps(
         self,
@@ -301,7 +204,7 @@ class MixedRows:
                 records = {s: r["feature"] for s, r in call.records.items() if "feature" in r}
                 if any(len(feature) != groups[-1].stop for feature in records.values()):
                     raise RowsUnknownError
-                mine = {s: {"feature": _rows_in(f, group)} for s, f in records.items()}
+                mine = {s: {"feature": rows_in(f, group)} for s, f in records.items()}
                 with pool.lease() as structure:
                     structure.bind({**base, **group.tensors})
                     found[name] = structure.taps(mine)
@@ -369,32 +272,7 @@ class MixedRows:
         for own, length in zip(tensors, lengths, strict=True):
             groups.append(Group(start, start + length, own))
             start += length
-        return self._run(pool, tensors[0], groups, ((features,), {}), Call(), _as_it_is)
-
-
-class MixedForwardError(Exception):
-    """A forward for several tasks failed.
-
-    Args:
-        how: its modules part the rows.
-    """
-
-    def __init__(self, how: Hashable) -> None:
-        super().__init__(how)
-        self.how = how
-
-
-@dataclass
-class _Checked:
-    """What is known about the units of the structures of a pool.
-
-    Args:
-        right: units that agreed with tasks alone, in eval mode and in training mode.
-        refused: ways to part rows that did not, or that failed where tasks alone did not.
-    """
-
-    right: tuple[set[Hashable], set[Hashable]] = field(default_factory=lambda: (set(), set()))
-    refused: set[Hashable] = field(default_factory=set)
+        return self._forward.run(pool, tensors[0], groups, ((features,), {}), Call(), _as_it_is)
 
 
 def _as_it_is(output: Any) -> Any:
@@ -410,18 +288,6 @@ def _versions(batch: Arguments) -> list[int]:
     """How often each tensor of a batch has been written to."""
     tensors = (leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor))
     return [tensor._version for tensor in tensors if not tensor.is_inference()]
-
-
-def _chunks(groups: Sequence[Group], size: int) -> list[Sequence[Group]]:
-    """The groups in parts of about this size, none alone."""
-    parts = [groups[i : i + size] for i in range(0, len(groups), size)]
-    if len(parts) > 1 and len(parts[-1]) == 1:
-        parts[-2:] = [[*parts[-2], *parts[-1]]]
-    return parts
-
-
-def _rows_in(value: Any, group: Group) -> Any:
-    return pytree.tree_map_only(Tensor, lambda t: t[group.start : group.stop], value)
 
 
 def _like(state: TaskState) -> tuple[str, ...]:
@@ -445,20 +311,3 @@ def _rows_of(features: Tensor, bounds: Sequence[tuple[int, int]]) -> Tensor:
     if sum(b - a for a, b in bounds) == stop - start:
         return features[start:stop]
     return torch.cat([features[a:b] for a, b in bounds])
-
-
-def _agree(one: Any, other: Any) -> bool:
-    """Whether two outputs are the same but for rounding."""
-    mine, theirs = pytree.tree_leaves(one), pytree.tree_leaves(other)
-    return len(mine) == len(theirs) and all(map(_close, mine, theirs))
-
-
-def _close(one: Any, other: Any) -> bool:
-    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
-        return bool(one == other)
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    if not one.is_floating_point() or not one.numel():
-        return torch.equal(one, other)
-    allowed = AGREEMENT.get(one.dtype, 0.1) * float(other.abs().nan_to_num(0.0, 0.0, 0.0).amax())
-    return torch.allclose(one, other, rtol=0.0, atol=allowed, equal_nan=True)
