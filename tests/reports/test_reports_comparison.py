@@ -18,7 +18,8 @@ from weft.errors import ConfigError, DataError, PlanError
 from weft.registry import METHODS
 from weft.reporting.comparisons import read_compared
 from weft.reporting.methods_text import paragraph
-from weft.reports.comparison import Answer, verdict
+from weft.reports.answer_text import verdict
+from weft.reports.compared import Answer
 from weft.reports.plan_figure import Budget, Choice
 
 BASE = """

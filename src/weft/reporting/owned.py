@@ -15,7 +15,7 @@ from weft.core.model import MultiTaskModel
 from weft.errors import WeftError
 from weft.planning.plans import Selection
 from weft.reports import TaskReport
-from weft.reports.comparison import Owned
+from weft.reports.compared import Owned
 from weft.reports.similarity import relative_change, similarity
 
 from .banks import bank_report

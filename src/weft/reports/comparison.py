@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .answer_text import answer_texts
 from .compare import metrics_of, pareto_front, summarise, tasks_of
+from .compared import Compared, Owned
 from .drawing import Drawing
 from .epochs import draw_epochs
 from .html import Figure, write_figures, write_page
@@ -16,137 +17,13 @@ from .layer_map import layer_map, map_data
 from .map_drawing import draw_map
 from .matrix import draw_matrix
 from .numbers import bytes_text, count_text, metric_text, percent_text, spread_text
-from .plan_figure import Budget, Choice, draw_plan
-from .records import Point, TaskReport, check_points
-from .similarity import Similarity, reordered, strongest
+from .plan_figure import draw_plan
+from .records import check_points
+from .similarity import reordered, strongest
 from .tradeoff import draw_tradeoff, method_places
 
 OPEN_FIGURES = 8
 """So many small figures are unfolded."""
-
-OPEN_OWNERS = 20
-"""A plan of more tasks is told by method first, and task by task in a folded table."""
-
-
-@dataclass(frozen=True)
-class Owner:
-    """What one task is to own.
-
-    Args:
-        task: its name.
-        label: the method with its options.
-        together: other tasks that it was trained together with.
-        own_bytes: without its head.
-        metric: name of its score.
-        val: on validation.
-        test: on test, None without test data.
-        spread: standard deviation of ``test`` over seeds, None for a single seed.
-    """
-
-    task: str
-    label: str
-    together: tuple[str, ...]
-    own_bytes: int
-    metric: str
-    val: float
-    test: float | None
-    spread: float | None
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a plan says, for the head of the page.
-
-    Args:
-        budget: bytes for all tasks together.
-        chosen_by: why this budget.
-        owners: by task.
-        budgets: the curve, this budget among it.
-        at: the entry of this budget.
-        shared_bytes: that the chosen tasks share beside the base.
-        whole: the best single method of any size.
-        metric: of the mean, with the split.
-        higher_is_better: its direction.
-        of: what of the tasks' scores is looked at.
-    """
-
-    budget: int
-    chosen_by: str
-    owners: tuple[Owner, ...]
-    budgets: tuple[Budget, ...]
-    at: Budget
-    shared_bytes: int
-    whole: Choice | None
-    metric: str
-    higher_is_better: bool
-    of: str = "mean of all tasks"
-
-    @property
-    def split(self) -> str:
-        """The split that is shown: "test", or "validation" where a choice has no test scores."""
-        return self.metric.partition(" ")[0]
-
-
-@dataclass(frozen=True)
-class Owned:
-    """What the tasks of one choice own.
-
-    Args:
-        name: of the choice.
-        reports: one for each task.
-        similarity: of what they changed; None where it cannot be told.
-        why_not: then the reason; also tasks that it leaves out.
-    """
-
-    name: str
-    reports: tuple[TaskReport, ...]
-    similarity: Similarity | None
-    why_not: str = ""
-
-
-@dataclass(frozen=True)
-class Compared:
-    """A comparison as the page shows it.
-
-    Args:
-        tasks: names.
-        seeds: of training.
-        base: its name.
-        base_bytes: of the base.
-        base_parameters: of the base.
-        tests: a point for each task, method and seed on test (validation where there is no test).
-        vals: likewise on validation.
-        rows: of the table of all choices.
-        answer: what the plan says, or None.
-        no_answer: then the reason.
-        owned: maps of what tasks own.
-        no_owned: why there are none.
-        curves: by task, by method, the mean validation score after each epoch.
-        failed: by cell, why it failed.
-        missing: how many cells are not finished.
-        left_out: by choice, why a plan cannot choose it.
-        paragraph: how it was done, for a paper.
-        bibtex: the works that it cites.
-    """
-
-    tasks: tuple[str, ...]
-    seeds: tuple[int, ...]
-    base: str
-    base_bytes: int
-    base_parameters: int
-    tests: tuple[Point, ...]
-    vals: tuple[Point, ...]
-    rows: tuple[Mapping[str, Any], ...]
-    answer: Answer | None
-    no_answer: str
-    owned: tuple[Owned, ...]
-    no_owned: str
-    curves: Mapping[str, Mapping[str, Sequence[float]]]
-    paragraph: str
-    bibtex: str
-    failed: Mapping[str, str] = field(default_factory=dict)
-    missing: int = 0
-    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -207,7 +84,7 @@ def comparison_page(
         "c": compared,
         "base_bytes": bytes_text(compared.base_bytes),
         "base_parameters": count_text(compared.base_parameters),
-        "answer": None if answer is None else _answer_texts(answer),
+        "answer": None if answer is None else answer_texts(answer),
         "plan": plan,
         "trade_offs": trade_offs,
         "maps": maps,
@@ -295,87 +172,6 @@ def _curves(compared: Compared, fronts: Mapping[str, set[str]]) -> list[Figure]:
             drawing = draw_epochs(task, metric, known, fronts.get(task, set()))
             figures.append(Figure(f"epochs-{task}", task, drawing))
     return figures
-
-
-def _answer_texts(answer: Answer) -> dict[str, Any]:
-    """What the head of the page says."""
-    plan, single = answer.at.plan, answer.at.single
-    return {
-        "budget": bytes_text(answer.budget),
-        "takes": bytes_text(plan.bytes),
-        "chosen_by": answer.chosen_by,
-        "plan": _said(answer, plan),
-        "plan_val": metric_text(answer.metric, plan.val),
-        "single": None if single is None else single.said,
-        "single_score": None if single is None else _said(answer, single),
-        "single_bytes": None if single is None else bytes_text(single.bytes),
-        "whole": None if answer.whole is None else answer.whole.said,
-        "whole_score": None if answer.whole is None else _said(answer, answer.whole),
-        "whole_bytes": None if answer.whole is None else bytes_text(answer.whole.bytes),
-        "same": single is not None and {o.label for o in answer.owners} == {single.said},
-        "by_method": _by_method(answer) if len(answer.owners) > OPEN_OWNERS else "",
-        "verdict": verdict(answer),
-        "metric": answer.metric,
-        "split": answer.split,
-        "of": answer.of,
-        "shared": bytes_text(answer.shared_bytes) if answer.shared_bytes else "",
-        "owners": [
-            {
-                "task": o.task,
-                "label": o.label,
-                "together": _others(o.together),
-                "bytes": bytes_text(o.own_bytes),
-                "bytes_value": o.own_bytes,
-                "metric": o.metric,
-                "val": metric_text(o.metric, o.val),
-                "val_value": o.val,
-                "test": "–" if o.test is None else metric_text(o.metric, o.test),
-                "test_value": "" if o.test is None else o.test,
-                "spread": spread_text(o.metric, o.spread),
-            }
-            for o in answer.owners
-        ],
-    }
-
-
-def _by_method(answer: Answer) -> str:
-    counts = Counter(owner.label for owner in answer.owners).most_common()
-    return ", ".join(f"{label} for {n} task{'s' if n > 1 else ''}" for label, n in counts)
-
-
-def _others(tasks: Sequence[str]) -> str:
-    return ", ".join(tasks) if len(tasks) < 3 else f"{len(tasks)} other tasks"
-
-
-def _said(answer: Answer, choice: Choice) -> str:
-    text = metric_text(answer.metric, choice.test)
-    return text + spread_text(answer.metric, choice.spread)
-
-
-def verdict(answer: Answer) -> str:
-    """Whether plans beat the best single method on test, over the budgets of the curve.
-
-    A difference counts as one if it is larger than the standard deviation over seeds of either.
-    """
-    pairs = [(b.plan, b.single) for b in answer.budgets if b.single is not None]
-    if not pairs:
-        return "No single method covers all tasks, so there is nothing to compare the plan with."
-    sign = 1.0 if answer.higher_is_better else -1.0
-    gains = [
-        (sign * (plan.test - single.test), max(plan.spread or 0.0, single.spread or 0.0))
-        for plan, single in pairs
-    ]
-    better = sum(gain > spread for gain, spread in gains)
-    worse = sum(gain < -spread for gain, spread in gains)
-    same = len(gains) - better - worse
-    gain = sum(gain for gain, _ in gains) / len(gains)
-    points = f"{100 * gain:+.1f} points" if "accuracy" in answer.metric else f"{gain:+.3g}"
-    count = f"{len(gains)} budgets" if len(gains) > 1 else "the one budget"
-    return (
-        f"Over {count}, a method for each task scores better on {answer.split} than the best "
-        f"single method that fits at {better}, the same within the spread at {same}, and worse "
-        f"at {worse}; {points} on average."
-    )
 
 
 def _row(row: Mapping[str, Any], front: set[str]) -> dict[str, Any]:
