@@ -74,6 +74,17 @@ def test_unknown_tasks_are_named_everywhere() -> None:
         sized()(vectors(), task="x")
 
 
+def test_true_is_no_index_of_a_task() -> None:
+    model = sized()
+    model.add_task("a", weft.Classification(3))
+    model.add_task("b", weft.Classification(3))
+    x = vectors()
+    every = [True] * len(x)
+    for task in (True, every, torch.tensor(every)):
+        with pytest.raises(TaskError, match="A task is a name or an index, found True"):
+            model(x, task=task)
+
+
 @pytest.mark.parametrize(
     ("task", "complaint"),
     [

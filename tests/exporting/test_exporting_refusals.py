@@ -182,8 +182,12 @@ def test_a_folded_network_that_does_not_run_is_refused(tmp_path: Path) -> None:
     model.add_task("a", weft.Classification(3))
     model.tasks["a"].own["layers.0:execute"].fill_(False)
     for format in FORMATS:
-        with pytest.raises(ExportError, match=r"folded network of 'a'.*reads its attributes"):
+        with pytest.raises(PlanError, match=r"'a' .*folded network fails.*reads its attributes"):
             export(model, "a", tmp_path / "a", format=format)
+    model.example = None  # nothing to try the folded network on, before it is exported
+    for format in FORMATS:
+        with pytest.raises(ExportError, match=r"folded network of 'a'.*reads its attributes"):
+            export(model, "a", tmp_path / "a", format=format, example=x)
     assert not list(tmp_path.iterdir())
 
 

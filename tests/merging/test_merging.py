@@ -141,7 +141,7 @@ def test_a_base_in_half_precision_rounds_once(how: Any, dtype: torch.dtype) -> N
         "task_arithmetic": rows.sum(0),
         "ties": torch.tensor(by_hand(rows.numpy(), 0.5)),
     }[how]
-    found = merge(model, how=how, scale=0.7, density=0.5).base
+    found = merge(model, how=how, scale=0.7, density=0.5 if how == "ties" else None).base
     flat = torch.cat([t.detach().flatten() for t in found.parameters()])
     start = torch.cat([t.flatten() for t in base.values()])
     assert torch.equal(flat, (start + 0.7 * direction).to(dtype))

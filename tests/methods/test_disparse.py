@@ -18,7 +18,7 @@ from laws.variants import ISOLATED, LAWS, OF_PATCHES, Variant, name_of, variants
 from weft.core.masks import head_key, head_weights, masked, shared_key
 from weft.core.sharing import Taken
 from weft.core.sites import layer_weights
-from weft.errors import PlanError
+from weft.errors import DataWarning, PlanError
 from weft.methods.growth import DropAndGrow, KeepDensities, RandomMasks, erk, largest
 from weft.methods.sparsity import Prune, all_weights, arbitrate, overlap, places, zeros
 
@@ -300,9 +300,37 @@ def test_without_ties_the_number_of_zeros_is_the_nearest_that_there_is(sparsity:
 
 
 def test_places_order_the_weights_of_all_layers_together() -> None:
-    found = places({"u": torch.tensor([[3.0, 0.0]]), "v": torch.tensor([5.0, 0.0])})
+    scores = {"u": torch.tensor([[3.0, 0.0]]), "v": torch.tensor([5.0, 0.0])}
+    found = places(scores, {name: torch.zeros_like(s) for name, s in scores.items()})
     assert found["u"].tolist() == [[0.5, 0.75]]  # equal scores in order
     assert found["v"].tolist() == [0.25, 1.0]
+    sizes = {"u": torch.tensor([[9.0, 1.0]]), "v": torch.tensor([0.0, 2.0])}
+    found = places(scores, sizes)
+    assert found["u"].tolist() == [[0.5, 1.0]]  # of equal scores the larger weight goes before
+    assert found["v"].tolist() == [0.25, 0.75]
+
+
+def test_fitting_again_prunes_as_much_as_is_asked_for() -> None:
+    """Weights that no loss feels any more score 0, as those that are zero already do."""
+    model = model_of(sparsity=0.8)
+    for _ in range(3):
+        train(model, optimizer="adamw", clip=None)
+        assert zeros(model) == pytest.approx(0.8, abs=0.01)
+
+
+def test_masks_that_could_never_change_are_told() -> None:
+    model = model_of(variant="dynamic", every=50)
+    with pytest.warns(DataWarning, match="'explore' of 'a' looks .* every 50 steps and has 9, so"):
+        train(model)
+
+
+def test_zeros_and_overlap_are_of_masks() -> None:
+    base = net()
+    assert zeros(weft.MultiTaskModel(base, weft.disparse(base))) == 0.0
+    other = weft.MultiTaskModel(base, weft.full_finetune(base))
+    for function in (zeros, overlap):
+        with pytest.raises(PlanError, match="the plan of this model is 'full_finetune'"):
+            function(other)
 
 
 def test_tasks_that_are_alike_keep_the_same_weights() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import weft
 from laws.variants import ISOLATED, LAWS, OF_PATCHES, Variant, name_of, variants
 from weft.core.sharing import Taken
-from weft.errors import PlanError, TrainingError
+from weft.errors import DataWarning, PlanError, TrainingError
 from weft.methods.paco import COEFFICIENTS, ResetCoefficients
 from weft.patches import Mixture
 from weft.patches.mixture import bases_key
@@ -313,6 +313,7 @@ def squared(output: Tensor, target: Tensor) -> Tensor:
     return (output[:, 0] - target).square().mean()
 
 
+@pytest.mark.filterwarnings("ignore:No step of epoch 1 counted for 'c'")
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
 def test_a_loss_over_the_limit_does_not_count(bad: float) -> None:
     """The others go on as if the task had not been in the step."""
@@ -329,6 +330,28 @@ def test_a_loss_over_the_limit_does_not_count(bad: float) -> None:
         assert torch.equal(numbers(model, task), numbers(alone, task))
     head, other = model.head("c").state_dict(), alone.head("c").state_dict()
     assert all(torch.equal(head[k], other[k]) for k in head)
+
+
+@pytest.mark.parametrize("norms", ["private", "shared"])
+def test_a_step_that_does_not_count_leaves_statistics_alone(norms: Any) -> None:
+    base, x = normed(), torch.randn(2, 2, 4, 4)
+    model = weft.MultiTaskModel(base, weft.paco(base, k=2, limit=1e3, norms=norms), example=x)
+    model.add_task("a", weft.Classification(3))
+    model.add_task("b", weft.Classification(3))
+    good = [(torch.randn(4, 2, 4, 4), torch.tensor([0, 1, 2, 0])) for _ in range(3)]
+    sick = [good[0], (good[1][0] * float("nan"), good[1][1]), good[2]]
+    weft.fit(model, {"a": sick, "b": good}, epochs=1, progress=False)
+    counted = [buffer for name, buffer in model.named_buffers() if "num_batches" in name]
+    assert all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values())
+    # The base's own statistics train where they are shared; else each task counts its steps.
+    steps = {"private": {0, 2, 3}, "shared": {4}}[norms]
+    assert {int(count) for count in counted} == steps
+
+
+def test_a_limit_under_every_loss_is_told() -> None:
+    model = regressions(k=3, limit=1e-9)
+    with pytest.warns(DataWarning, match=r"No step of epoch 1 counted for 'a'.*limit.*1e-09"):
+        weft.fit(model, broken(()), epochs=1, progress=False)
 
 
 def test_without_a_limit_such_a_loss_ends_the_run() -> None:

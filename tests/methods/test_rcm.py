@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,23 @@ def model_of(base: nn.Module, **options: Any) -> weft.MultiTaskModel:
 def test_without_responses_a_new_task_is_the_base_bit_for_bit() -> None:
     base = net()
     assert torch.equal(model_of(base).view("t")(images(1)), base(images(1)))
+
+
+@pytest.mark.parametrize("rank", [1.0, 0.5])
+@pytest.mark.parametrize("seed", range(6))
+def test_a_loaded_task_is_the_stored_one_bit_for_bit(
+    rank: float, seed: int, tmp_path: Path
+) -> None:
+    torch.manual_seed(seed)
+    base = nn.Sequential(nn.Linear(9, 24), nn.Tanh(), nn.Linear(24, 17), nn.Tanh())
+    x = torch.randn(16, 9)
+    model = weft.MultiTaskModel(base, weft.rcm(base, responses=[x], rank=rank), example=x)
+    model.add_task("t", weft.Classification(3))
+    bank = weft.Bank(tmp_path)
+    bank.save(model)
+    assert torch.equal(bank.load(base).eval()(x, task="t"), model.eval()(x, task="t"))
+    created = [part.value for part in model.sharing.created.values()]
+    assert all(tensor.is_contiguous() for tensor in created)
 
 
 @pytest.mark.parametrize("normalise", [True, False])

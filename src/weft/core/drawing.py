@@ -41,6 +41,19 @@ def drawn_rows(batch: Arguments, rows: int, count: int, seed: int) -> Arguments:
     return drawn
 
 
+def varied(batch: Arguments) -> Arguments:
+    """A batch in which numbers that are all the same, zeros for instance, are drawn anew."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point() or not _is_constant(tensor):
+            return tensor
+        return torch.randn(tensor.shape, generator=generator).to(tensor)
+
+    drawn: Arguments = pytree.tree_map_only(Tensor, draw, batch)
+    return drawn
+
+
 def _is_constant(tensor: Tensor) -> bool:
     """Whether there is nothing to see in numbers: they are equal, or some are not finite."""
     if not tensor.numel() or not bool(tensor.isfinite().all()):

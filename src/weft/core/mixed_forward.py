@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from weft.errors import WeftError
 
 from .adapter import Call
+from .agreement import agree
 from .drawing import disturbed, drawn_rows
 from .mixing import Group, Mixing
 from .pool import Pool
@@ -26,9 +27,6 @@ COMPARED = 8
 
 ROWS_EACH = 2
 """Rows of each of them."""
-
-AGREEMENT = {torch.float64: 1e-9, torch.float32: 3e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
-"""What may differ between a row in a mixed batch and alone, relative to the largest number."""
 
 
 @final
@@ -135,7 +133,7 @@ class MixedForward:
                         structure.set_mode(training, frozenset())
                         structure.bind({**base, **group.tensors})
                         alone = read(structure.run(args, kwargs, Call()))
-                    if not _agree(rows_in(value, group), alone):
+                    if not agree(rows_in(value, group), alone):
                         known.refused.add(how)
                         raise RowsUnknownError
             # A kernel that agrees shows that rows are where they were thought to be: its module may
@@ -182,20 +180,3 @@ def _chunks(groups: Sequence[Group], size: int) -> list[Sequence[Group]]:
     if len(parts) > 1 and len(parts[-1]) == 1:
         parts[-2:] = [[*parts[-2], *parts[-1]]]
     return parts
-
-
-def _agree(one: Any, other: Any) -> bool:
-    """Whether two outputs are the same but for rounding."""
-    mine, theirs = pytree.tree_leaves(one), pytree.tree_leaves(other)
-    return len(mine) == len(theirs) and all(map(_close, mine, theirs))
-
-
-def _close(one: Any, other: Any) -> bool:
-    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
-        return bool(one == other)
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    if not one.is_floating_point() or not one.numel():
-        return torch.equal(one, other)
-    allowed = AGREEMENT.get(one.dtype, 0.1) * float(other.abs().nan_to_num(0.0, 0.0, 0.0).amax())
-    return torch.allclose(one, other, rtol=0.0, atol=allowed, equal_nan=True)

@@ -391,13 +391,20 @@ class MultiTaskModel(nn.Module):
     def fold(self, task: str) -> nn.Module:
         """A plain module of the base's class with the task baked in, without its head.
 
+        With adapters to fold, it is run once on the model's example, if there is one, beside what
+        it replaces.
+
         Raises:
-            PlanError: an adapter of the plan has no plain form.
+            PlanError: an adapter of the plan has no plain form, or the base does more with its
+                module than to call it, so that the plain form computes something else.
         """
         state = self._state(task)
         with torch.no_grad():
             tensors = self._runner.compose(state)
-        return fold(self.base, tensors, state.sharing).train(self.training)
+        plain = fold(self.base, tensors, state.sharing)
+        if state.sharing.adapters and self.example is not None:
+            self._runner.check_plain(state, plain, self.example)
+        return plain.train(self.training)
 
     # ---------------------------------------------------------------- inside
 

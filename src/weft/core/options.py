@@ -43,7 +43,8 @@ class Options:
         """Refuse what is none of some words."""
         words = tuple(known)
         if value not in words:
-            hint = close_matches(str(value), [word for word in words if word is not None])
+            known_words = [word for word in words if word is not None]
+            hint = close_matches(value, known_words) if isinstance(value, str) else ""
             self._refuse(option, " or ".join(map(repr, words)), value, hint)
 
     def number(

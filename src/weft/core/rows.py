@@ -72,6 +72,8 @@ def known_task(task: Any, names: Sequence[str]) -> str:
             return task
         have = ", ".join(names) or "none yet"
         raise TaskError(f"There is no task '{task}'. Tasks: {have}.{close_matches(task, names)}")
+    if isinstance(task, bool):
+        raise TaskError(f"A task is a name or an index, found {task}.")
     try:
         index = operator.index(task)
     except TypeError:

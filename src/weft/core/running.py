@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from weft.errors import DataError, WeftError
+from weft.errors import DataError, PlanError, WeftError
 
 from .adapter import Call, Insertion, Records
+from .agreement import agree
+from .drawing import varied
 from .patch import Patch, Replace
 from .pool import Pool
 from .rows import Arguments, call_arguments, count_rows, select_output
@@ -32,6 +34,13 @@ from .view import View
 
 Output = str | int | Callable[[Any], Tensor] | None
 """What heads read of the base's output: a key or attribute, an index, a function, or all of it."""
+
+_MISFIT = (
+    "The base does more with a module that an adapter stands at than to call it: it reads its "
+    "attributes or its tensors, or a hook changes what it gives. Leave that module out of the "
+    "plan, for instance by exclude=[...] of weft.lora."
+)
+"""What to say about a folded network that is not the task."""
 
 
 @dataclass(frozen=True)
@@ -182,15 +191,42 @@ class Runner:
 
     def dry_run(self, state: TaskState, example: Any) -> None:
         """Build a task's head from one batch for the base."""
+        args, kwargs = self._batch_of(example)
+        with torch.no_grad():
+            features, _ = self._features(state, args, kwargs, Call(), training=False)
+        state.build_head(features, self.reference())
+
+    def check_plain(self, state: TaskState, plain: nn.Module, example: Any) -> None:
+        """Refuse a plain module that does not compute what a task computes.
+
+        Args:
+            state: of the task.
+            plain: what shall compute the same.
+            example: one batch for the base; numbers that are all the same are drawn anew.
+
+        Raises:
+            PlanError: their outputs differ by more than rounding.
+        """
+        args, kwargs = varied(self._batch_of(example))
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # for a base that draws numbers
+            expected, _ = self._features(state, args, kwargs, Call(), training=False)
+            torch.manual_seed(0)
+            try:
+                found = select_output(plain.eval()(*args, **kwargs), self.output)
+            except Exception as error:  # whatever a module does where a child is another
+                raise PlanError(f"The folded network fails: {error}. {_MISFIT}") from error
+        if not agree(found, expected):
+            raise PlanError(f"The folded network computes something else than the task. {_MISFIT}")
+
+    def _batch_of(self, example: Any) -> Arguments:
+        """The arguments of the base that an example stands for, as its tensors are."""
         like = self.reference()
 
         def fit(tensor: Tensor) -> Tensor:
             return tensor.to(like if tensor.is_floating_point() else like.device)
 
-        batch = call_arguments((pytree.tree_map_only(Tensor, fit, example),), {})
-        with torch.no_grad():
-            features, _ = self._features(state, *batch, Call(), training=False)
-        state.build_head(features, like)
+        return call_arguments((pytree.tree_map_only(Tensor, fit, example),), {})
 
     def _features(
         self,

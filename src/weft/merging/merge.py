@@ -97,6 +97,13 @@ def merge(
         check_data("merge", data, names)
         assert data is not None
         check_rereadable(data, names)
+    if density is not None and how != "ties":
+        raise ConfigError(f"merge(density=...) is for how='ties'; {how!r} keeps every entry.")
+    if scales is not None and wanted is not None:
+        raise ConfigError(
+            f"merge(scales=...) is what scale='choose' tries on data; here the scale is "
+            f"{wanted:g}. Give data={{task: batches, ...}} and leave scale out."
+        )
     model = opened(source, names, base)
     merging = _Merging(model, names, base_of(model), how, share)
     if wanted is not None:

@@ -120,7 +120,8 @@ def _components(
     """Basis and bank of a layer, and b where components were left out."""
     mean = seen.total / seen.count
     covariance = seen.products / seen.count - torch.outer(mean, mean)
-    vectors = torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, :kept]
+    # Row by row in memory, as files are read: products round by how their factors lie.
+    vectors = torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, :kept].contiguous()
     weight = layer.get_parameter("weight").detach()
     bank = (vectors.T @ weight.double().flatten(1)).view(kept, *weight.shape[1:])
     parts = (Created(vectors.to(weight), trains=False), Created(bank.to(weight), trains=False))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from weft.core.masks import KEEP, head_key, head_weights, shared_key
 from weft.core.model import MultiTaskModel
 from weft.core.sites import named_tensors
+from weft.errors import PlanError
 
 Score = Literal["saliency", "magnitude", "taylor"]
 Weights = Literal["own", "xavier"]
@@ -113,7 +114,11 @@ class Prune:
     def __call__(self, model: MultiTaskModel, data: Mapping[str, Iterable[Any]]) -> None:
         """Set masks, and weights that they leave out to zero."""
         scores = self.scores(model, data)
-        keep = arbitrate({task: places(of_task) for task, of_task in scores.items()}, self.sparsity)
+        ranked = {}
+        for task, of_task in scores.items():
+            weights = task_weights(model, task, self.names)
+            ranked[task] = places(of_task, {n: w.detach().abs() for n, w in weights.items()})
+        keep = arbitrate(ranked, self.sparsity)
         for task, masks in keep.items():
             weights = task_weights(model, task, self.names)
             for name in self.names:
@@ -145,10 +150,19 @@ class Prune:
         return found
 
 
-def places(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The place of every weight among all of a task's, best first, over their number: in (0, 1]."""
+def places(scores: Mapping[str, Tensor], sizes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The place of every weight among all of a task's, best first, over their number: in (0, 1].
+
+    Args:
+        scores: by weight.
+        sizes: by weight, what goes before among equal scores, larger first: weights that a loss
+            does not feel all score 0, those that are zero and those that are not.
+    """
     flat = torch.cat([s.reshape(-1) for s in scores.values()])
-    order = flat.argsort(descending=True, stable=True)
+    order = torch.cat([sizes[name].reshape(-1) for name in scores]).argsort(
+        descending=True, stable=True
+    )
+    order = order[flat[order].argsort(descending=True, stable=True)]
     place = torch.empty(len(flat), dtype=torch.float64, device=flat.device)
     place[order] = torch.arange(1, len(flat) + 1, device=flat.device).double() / len(flat)
     parts = place.split([s.numel() for s in scores.values()])
@@ -213,13 +227,34 @@ def _draw_anew(model: MultiTaskModel, names: Sequence[str], seed: int) -> None:
 
 
 def zeros(model: MultiTaskModel) -> float:
-    """The share of all weights with a mask, shared and of all heads, that are zero."""
-    weights = all_weights(model, sorted(model.sharing.masked)).values()
+    """The share of all weights with a mask, shared and of all heads, that are zero.
+
+    Raises:
+        PlanError: the model is not of disparse.
+    """
+    _refuse_others("zeros", model)
+    names = sorted(model.sharing.masked)
+    # Without tasks there are no heads, and the shared weights are as they are.
+    shared = {("", name): model.base.get_parameter(name) for name in names}
+    weights = {**shared, **all_weights(model, names)}.values()
     count = sum(w.numel() for w in weights)
-    return 1.0 - sum(int(w.detach().count_nonzero()) for w in weights) / max(count, 1)
+    return 1.0 - sum(int(w.detach().count_nonzero()) for w in weights) / count
 
 
 def overlap(model: MultiTaskModel) -> dict[str, float]:
-    """By layer, how alike what the tasks kept (or last grew) is: the mean over pairs of its IoU."""
+    """By layer, how alike what the tasks kept (or last grew) is: the mean over pairs of its IoU.
+
+    Raises:
+        PlanError: the model is not of disparse.
+    """
+    _refuse_others("overlap", model)
     names = [key.removesuffix(f":{KEEP}") for key in model.sharing.created if key.endswith(KEEP)]
     return dict(zip(names, model.shared[OVERLAP].tolist(), strict=True))
+
+
+def _refuse_others(function: str, model: MultiTaskModel) -> None:
+    if not model.sharing.masked:
+        raise PlanError(
+            f"{function} looks at the masks of disparse; the plan of this model is "
+            f"'{model.sharing.method}', which has none."
+        )

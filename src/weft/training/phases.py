@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from weft.core.model import MultiTaskModel
 from weft.core.sharing import Phase, Turn
-from weft.errors import TrainingError
+from weft.errors import DataWarning, TrainingError
 
 from .batches import Loader, split_batch, to_device
 from .evaluation import device_of
@@ -93,6 +94,7 @@ class Phases:
         self._updates = [
             sum(settings.updates(stretch.steps) for stretch in epoch) for epoch in self._stretches
         ]
+        self._warn_of_what_is_never_due()
         self._own: dict[str, dict[str, nn.Parameter]] = {t: model.trainable(t) for t in train}
         self._heads: dict[str, list[nn.Parameter]] = {}
         for task in train:
@@ -105,6 +107,23 @@ class Phases:
         for epoch in self._stretches:
             for stretch in epoch:
                 self.loaders(stretch)  # data that cannot be cut is refused before any work
+
+    def _warn_of_what_is_never_due(self) -> None:
+        seen: set[int] = set()
+        for task, course in self._course.items():
+            for phase in course:
+                if phase.every is None or id(phase) in seen:
+                    continue
+                seen.add(id(phase))
+                _, whole = self._steps_of(phase, task, self._start(task, phase), 0)
+                if whole < phase.every:
+                    warnings.warn(
+                        f"Phase '{phase.name}' of '{task}' looks at what it trained every "
+                        f"{phase.every} steps and has {whole}, so it changes nothing. Train "
+                        "longer, or give the plan a smaller every=.",
+                        DataWarning,
+                        stacklevel=2,
+                    )
 
     # ------------------------------------------------------------------ the course
 

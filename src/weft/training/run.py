@@ -9,11 +9,12 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from accelerate import Accelerator
+from torch import Tensor
 
 from weft.core.model import MultiTaskModel
 from weft.core.sharing import Taken
 from weft.core.together import SharedInputs
-from weft.errors import TrainingError
+from weft.errors import DataWarning, TrainingError
 
 from .batches import Batches, Loader, Reader, to_device
 from .checkpoint import changing, put_back, restore, snapshot
@@ -197,11 +198,13 @@ class Run:
         self._updates.forget_gradients()
         done, updates = 0, 0
         refused: set[str] = set()
+        counted: set[str] = set()
         reader = Reader(seeds)
         for stretch in self._phases.stretches(self.epoch):
             self._phases.begin(stretch)
             for figures, batches, boundary in self._stretch(stretch, reader, done):
                 refused |= figures.refused
+                counted |= figures.losses.keys() - figures.refused
                 if boundary:
                     self._update(updates, batches, refused)
                     updates += 1
@@ -210,6 +213,14 @@ class Run:
                 sums = [a + b for a, b in zip(sums, numbers, strict=True)]
                 display.step(figures.losses)
             done += stretch.steps
+        for task in self._phases.limits(self.epoch).keys() - counted:
+            warnings.warn(
+                f"No step of epoch {self.epoch + 1} counted for '{task}': its loss was over the "
+                f"limit of its plan, {self._phases.limits(self.epoch)[task]:g}, or no number, each "
+                "time. Raise the limit, or look at its data.",
+                DataWarning,
+                stacklevel=2,
+            )
         means = self._processes.mean([value / self._steps for value in sums])
         return Figures(means[0], means[1], dict(zip(self.tasks, means[2:], strict=True)))
 
@@ -234,6 +245,7 @@ class Run:
             boundary = place == accumulate - 1 or index == steps - 1
             size = min(accumulate, steps - (index - place))
             number, found = self.epoch * self._steps + done + index, []
+            kept = self._kept_statistics(limits)
             for portion, later in self._portions(batches):
                 wait = not boundary or later
                 with self._accelerator.no_sync(self._step) if wait else nullcontext():
@@ -241,7 +253,22 @@ class Run:
                     found.append(figures_of(result))
                     self._check_finite(found[-1], portion, number)
                     self._accelerator.backward(result["total"] / size)
-            yield sum_of(found), batches, boundary
+            figures = sum_of(found)
+            for task in figures.refused & kept.keys():
+                for buffer, before in kept[task]:
+                    buffer.copy_(before)
+            yield figures, batches, boundary
+
+    def _kept_statistics(self, limits: Mapping[str, float]) -> dict[str, list[tuple[Tensor, ...]]]:
+        """By task that may not count in a step, buffers that the step may change, with copies.
+
+        Of those that tasks share the step then leaves no trace at all.
+        """
+        shared = self._shared_statistics() if limits else []
+        return {
+            task: [(b, b.clone()) for b in (*self.model.tasks[task].buffers(), *shared)]
+            for task in limits
+        }
 
     def _portions(
         self, batches: Mapping[str, tuple[Any, Any]]
@@ -293,11 +320,15 @@ class Run:
         average, so once an epoch gives what once a step would.
         """
         buffers = [b for task in self.tasks for b in self.model.tasks[task].buffers()]
-        if self._phases.shared:
-            names = self.model.sharing.train_shared
-            buffers += [b for n, b in self.model.base.named_buffers() if n in names]
-            buffers += list(self.model.shared.buffers())
-        self._processes.average(buffers)
+        self._processes.average([*buffers, *self._shared_statistics()])
+
+    def _shared_statistics(self) -> list[Tensor]:
+        """The buffers that all tasks change, where they train anything together."""
+        if not self._phases.shared:
+            return []
+        names = self.model.sharing.train_shared
+        base = [b for n, b in self.model.base.named_buffers() if n in names]
+        return [*base, *self.model.shared.buffers()]
 
     # ---------------------------------------------------------- stopping and going on
 
