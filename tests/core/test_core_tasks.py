@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 import weft
 from core.small import NO_HEAD, conv_net, images, mlp, model_of, squared, vectors
-from weft.errors import DataError, PlanError, TaskError
+from weft.errors import ConfigError, DataError, PlanError, TaskError
+from weft.peft_format import load_peft, save_peft
 
 
 def sized(base: nn.Module | None = None, **options: Any) -> weft.MultiTaskModel:
@@ -72,6 +74,79 @@ def test_unknown_tasks_are_named_everywhere() -> None:
             call()
     with pytest.raises(TaskError, match="Tasks: none yet"):
         sized()(vectors(), task="x")
+
+
+def test_what_is_no_model_is_refused_by_every_function_of_models(tmp_path: Path) -> None:
+    task = weft.Classification(3)
+    for wrong in (None, mlp(), nn.Linear):
+        for call in (
+            lambda w: weft.fit(w, {}),
+            lambda w: weft.evaluate(w, {}),
+            lambda w: weft.export(w, "a", tmp_path / "a.pt2"),
+            lambda w: weft.Bank(tmp_path).save(w),
+            lambda w: save_peft(w, "a", tmp_path),
+            lambda w: load_peft(w, "a", tmp_path, task),
+            lambda w: weft.merge(w),
+        ):
+            with pytest.raises(ConfigError, match=r"weft.MultiTaskModel.*, found"):
+                call(wrong)
+
+
+@pytest.mark.parametrize("wrong", [None, "resnet18", nn.Linear, 3])
+def test_what_is_no_module_is_no_base(wrong: Any) -> None:
+    for plan in (weft.lora, weft.taps, weft.disparse, weft.full_finetune):
+        with pytest.raises(PlanError, match=r"base is a torch\.nn\.Module, found"):
+            plan(wrong)
+
+
+def test_scripted_modules_with_tensors_are_refused_by_name() -> None:
+    base = nn.Sequential(torch.jit.script(nn.Linear(4, 4)), nn.Linear(4, 4))
+    for plan in (weft.lora, weft.linear_probe):
+        with pytest.raises(PlanError, match="'0' of the base is a TorchScript module"):
+            weft.MultiTaskModel(base, plan(base))
+
+
+def test_tasks_that_need_shared_tensors_are_refused_where_there_are_none() -> None:
+    base = mlp()
+    given = {
+        "mixes 3 bases": weft.paco(base, k=3, bases="given"),
+        "tied to a mean": weft.bora(base, mean="given"),
+        "'0.weight'": weft.tie_to_mean(weft.full_finetune(base), base, 1.0, mean="given"),
+    }
+    for said, plan in given.items():
+        for model in (weft.MultiTaskModel(base, plan), weft.MultiTaskModel(base, weft.lora(base))):
+            with pytest.raises(PlanError, match=said):
+                model.add_task("a", weft.Classification(3), sharing=plan)
+            assert not model.task_names
+
+
+def test_an_embedding_with_a_largest_norm_leaves_the_base_alone() -> None:
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = nn.Embedding(11, 8, max_norm=1.0)
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.layer(self.words(tokens).mean(1))
+
+    base, tokens = Words(), torch.randint(0, 11, (6, 5))
+    before = copy.deepcopy(base.state_dict())
+    model = weft.MultiTaskModel(base, weft.lora(base, target=["layer"]))
+    model.add_task("a", weft.Classification(3))
+    model.add_task("b", weft.Classification(3))
+    with torch.no_grad():
+        model(tokens, task="a")
+        model(tokens, task=["a", "b"] * 3)
+        model.predict_all(tokens)
+    weft.fit(model, {"a": [(tokens, torch.tensor([0, 1, 2] * 2))]}, epochs=1, progress=False)
+    for name, tensor in base.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    plain = copy.deepcopy(base)
+    torch.testing.assert_close(model.fold("a").eval()(tokens), model.view("a")(tokens))
+    other = weft.MultiTaskModel(base, weft.linear_probe(base), example=tokens)
+    other.add_task("c", weft.Classification(3))
+    torch.testing.assert_close(other.view("c")(tokens), plain(tokens))
 
 
 def test_true_is_no_index_of_a_task() -> None:

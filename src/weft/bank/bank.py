@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from weft.core.ledger import Ledger
-from weft.core.model import MultiTaskModel
+from weft.core.model import MultiTaskModel, check_model
 from weft.core.sharing import Sharing
 from weft.core.task import Task
 from weft.errors import BankError, close_matches
@@ -170,7 +170,9 @@ class Bank:
             BankError: the bank belongs to another base, cannot be written to, or a task holds
                 something that has no form on disk. What was there before is unharmed.
             TaskError: the model has no such task, or its head is not built yet.
+            ConfigError: this is no model.
         """
+        check_model("bank.save", model)
         names = tasks or model.task_names
         if not names:
             raise BankError("The model has no tasks to save. Add one: model.add_task(name, task).")

@@ -136,7 +136,8 @@ class _NotStored(Penalty):
             f"The plan '{self.method}' charges or prepares by code that a bank does not store. "
             f"To train these tasks on, hand the plan in with the same options: "
             f"bank.load(base, sharing=weft.{self.method}(base, ...)), or a list of plans if tasks "
-            "have different ones; bank.info(task) shows them."
+            "have different ones; bank.info(task) shows them. A plan that was tied to a mean is "
+            "weft.tie_to_mean(plan, base, ...) again."
         )
 
 

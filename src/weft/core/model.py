@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weft.errors import DataError, PlanError, TaskError
+from weft.errors import ConfigError, DataError, PlanError, TaskError
 
 from .adapter import Records
 from .checks import adapter_tensors, check_plan
@@ -106,7 +106,8 @@ class MultiTaskModel(nn.Module):
 
         Raises:
             TaskError: the name is taken or cannot be one, or this is no task.
-            PlanError: the plan does not fit the base, or would create or train shared tensors.
+            PlanError: the plan does not fit the base, would create or train shared tensors, or
+                needs some that the model does not have.
         """
         check_task_name(name, self.tasks)
         check_task(task)
@@ -124,7 +125,9 @@ class MultiTaskModel(nn.Module):
         for tensor_name, patch in plan.patches.items():
             for key, value in patch.init(tensor_name, base[tensor_name]).items():
                 own.setdefault(key, value)
-        self.install(name, TaskState(task, plan, plan.patches, {**own, **adapters}))
+        state = TaskState(task, plan, plan.patches, {**own, **adapters})
+        self._check_needs(state)
+        self.install(name, state)
 
     def install(self, name: str, state: TaskState) -> None:
         """Add a task whose tensors exist already, for instance one loaded from a bank.
@@ -408,6 +411,15 @@ class MultiTaskModel(nn.Module):
 
     # ---------------------------------------------------------------- inside
 
+    def _check_needs(self, state: TaskState) -> None:
+        """Refuse a task whose plan reads shared tensors that are not there, or are others."""
+        shared = {**self._runner.base_tensors(), **self.shared.to_dict()}
+        with torch.no_grad():
+            self._runner.compose(state)
+            for penalty in state.sharing.penalties:
+                if not penalty.needs_records:
+                    penalty({"": {}}, {"": state.own.to_dict()}, shared)
+
     def _state(self, task: str) -> TaskState:
         name = task if task in self.tasks else known_task(task, self.task_names)
         return self.tasks[name]
@@ -461,6 +473,19 @@ class MultiTaskModel(nn.Module):
     def extra_repr(self) -> str:
         """The plan and the tasks, for ``print(model)``."""
         return f"sharing={self.sharing.method}, tasks={list(self.tasks)}"
+
+
+def check_model(function: str, model: object) -> None:
+    """Refuse what is no model, for instance a plain module.
+
+    Raises:
+        ConfigError: says what was found.
+    """
+    if not isinstance(model, MultiTaskModel):
+        raise ConfigError(
+            f"{function} takes a weft.MultiTaskModel, found {type(model).__name__}. Make one of a "
+            "base and a plan: weft.MultiTaskModel(base, sharing)."
+        )
 
 
 def _restore_ties(model: MultiTaskModel, _: Any) -> None:

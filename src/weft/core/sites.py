@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
@@ -66,11 +67,22 @@ def tensor_slots(module: nn.Module) -> list[Slot]:
     twice are visited once.
 
     Raises:
-        PlanError: a lazy module has not seen its input yet.
+        PlanError: this is no module, a lazy module has not seen its input yet, or tensors lie in
+            a scripted module, where they stay.
     """
+    if not isinstance(module, nn.Module):
+        raise PlanError(
+            f"The base is a torch.nn.Module, found {_what(module)}. Give the network itself, for "
+            "instance torchvision.models.resnet18()."
+        )
     first: dict[int, str] = {}
     slots: list[Slot] = []
     for path, child in module.named_modules():
+        if isinstance(child, torch.jit.ScriptModule) and _holds_tensors(child):
+            raise PlanError(
+                f"'{path}' of the base is a TorchScript module, whose tensors cannot be exchanged. "
+                "Give the plain module that it was scripted from."
+            )
         for table in (child._parameters, child._buffers):
             for attribute, tensor in table.items():
                 if tensor is None:
@@ -83,6 +95,18 @@ def tensor_slots(module: nn.Module) -> list[Slot]:
                 name = first.setdefault(id(tensor), join(path, attribute))
                 slots.append((name, table, attribute))
     return slots
+
+
+def _what(value: object) -> str:
+    """What was found in the place of a module."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    return "None" if value is None else f"an object of type {type(value).__name__}"
+
+
+def _holds_tensors(module: nn.Module) -> bool:
+    own = (module.named_parameters(recurse=False), module.named_buffers(recurse=False))
+    return any(True for tensors in own for _ in tensors)
 
 
 def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -182,9 +206,9 @@ def everything(base: nn.Module) -> frozenset[str]:
 
 def layer_weights(module: nn.Module) -> tuple[str, ...]:
     """Names of the weights of convolutions and other layers: no biases, no normalisation."""
-    shapes = {name: p.dim() for name, p in module.named_parameters()}
     layers = [s for s in sites(module) if s.kind in (Kind.LAYER, Kind.DEPTHWISE) and not s.refusal]
-    found = [n for s in layers for n in s.parameters if shapes[n] > 1]
+    matrices = {n for n, p in module.named_parameters() if p.dim() > 1 and p.is_floating_point()}
+    found = [n for s in layers for n in s.parameters if n in matrices]
     return tuple(dict.fromkeys(n for n in found if "bias" not in n.rpartition(".")[2]))
 
 

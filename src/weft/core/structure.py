@@ -140,6 +140,11 @@ class Structure:
             self.module = copy.deepcopy(base, memo)
         keep_weights_apart(self.module)
         self.statistics = statistics_modules(self.module)
+        self._renormed = {
+            id(m._parameters)
+            for m in self.module.modules()
+            if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.max_norm is not None
+        }
         self._modules = dict(self.module.named_modules())
         self._slots = tensor_slots(self.module)
         self._held: dict[int, list[tuple[dict[str, nn.Module | None], str]]] | None = None
@@ -221,6 +226,9 @@ class Structure:
         self._writable = writable
         guarded = self._foreign - writable
         self._guarded = [slot for slot in self._buffer_slots if slot[0] in guarded]
+        # An embedding with a largest norm scales the rows that it reads, where they lie.
+        renormed = {name for name, table, _ in self._slots if id(table) in self._renormed}
+        self._guarded += [slot for slot in self._slots if slot[0] in renormed]
 
     @property
     def moving(self) -> frozenset[str]:
@@ -362,7 +370,8 @@ class Structure:
             if inserted.passage.bypassed:
                 raise PlanError(
                     f"The adapter at '{site}' has no effect: its parent uses the module's tensors "
-                    "without calling it. Leave this site out, or patch its tensors instead."
+                    "without calling it. Leave this site out (exclude=[...] of weft.lora), or "
+                    "use a method that replaces tensors."
                 )
 
     def taps(self, records: Records) -> dict[str, Tensor]:

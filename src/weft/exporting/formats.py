@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from weft.core.model import MultiTaskModel
+from weft.core.model import MultiTaskModel, check_model
 from weft.core.rows import Arguments
 from weft.errors import ConfigError, TaskError, close_matches
 
@@ -78,13 +78,15 @@ def export(
         The file.
 
     Raises:
-        ConfigError: an unknown format, with close matches, or none where the name says none.
+        ConfigError: this is no model, or an unknown format, with close matches, or none where the
+            name says none.
         TaskError: no such task, no task at all, or its head is not built yet.
         PlanError: the task has no plain form, for instance because a gate decides for each row.
         DataError: a graph needs an example and there is none, or the base does not take it.
         ExportError: there is no graph, the check fails, or the file cannot be written.
         MissingExtra: ONNX needs an extra that is not installed.
     """
+    check_model("export", model)
     place = Path(path)
     format = chosen_format(format, place)
     tasks = _chosen_tasks(task)

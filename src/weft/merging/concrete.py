@@ -25,7 +25,7 @@ from .entropy import Predictions, Stream, collapse
 from .merged import Merged, merged_model
 from .options import check_data
 from .source import Source, check_source, chosen_tasks, opened
-from .vectors import Vector, base_of, precise, task_vectors
+from .vectors import Vector, base_of, precise, refuse_complex, task_vectors
 
 Form = Literal["task_arithmetic", "task_wise", "layer_wise"]
 
@@ -188,6 +188,7 @@ class _Vectors:
 
 def _vectors(model: MultiTaskModel, names: Sequence[str]) -> _Vectors:
     base = base_of(model)
+    refuse_complex(base, "concrete")
     found = [vector for _, vector in task_vectors(model, names, base)]
     mean = {n: torch.stack([v[n] for v in found]).mean(0) for n in base.statistics}
     return _Vectors(

@@ -19,7 +19,7 @@ from .merged import Merged, merged_model
 from .options import check_data, check_rereadable
 from .rules import Rule, ties, total
 from .source import Source, check_source, chosen_tasks, opened
-from .vectors import Base, Vector, base_of, precise, task_tensors, task_vectors
+from .vectors import Base, Vector, base_of, precise, refuse_complex, task_tensors, task_vectors
 
 DENSITY = 0.2
 """Share of the entries of a task that ties keeps, if nothing is said."""
@@ -105,7 +105,10 @@ def merge(
             f"{wanted:g}. Give data={{task: batches, ...}} and leave scale out."
         )
     model = opened(source, names, base)
-    merging = _Merging(model, names, base_of(model), how, share)
+    start = base_of(model)
+    if how == "ties":
+        refuse_complex(start, how)
+    merging = _Merging(model, names, start, how, share)
     if wanted is not None:
         return Merged(merging.at(wanted), how, wanted)
     assert data is not None

@@ -13,7 +13,7 @@ from weft.core.sites import named_tensors
 from weft.errors import PlanError, WeftError
 
 Vector = dict[str, Tensor]
-"""By name, the change of each floating-point tensor of the base; one name for tied ones."""
+"""By name, the change of each tensor of real or complex numbers; one name for tied ones."""
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Base:
     """The tensors of a base that merging changes.
 
     Args:
-        parameters: floating-point parameters by name.
-        statistics: floating-point buffers by name, for instance running statistics.
+        parameters: those of real or complex numbers, by name.
+        statistics: likewise buffers, for instance running statistics.
     """
 
     parameters: Mapping[str, Tensor]
@@ -36,7 +36,11 @@ def base_of(model: MultiTaskModel) -> Base:
         PlanError: there are none.
     """
     trained = {name for name, _ in model.base.named_parameters()}
-    found = {n: t.detach() for n, t in named_tensors(model.base) if t.is_floating_point()}
+    found = {
+        n: t.detach()
+        for n, t in named_tensors(model.base)
+        if t.is_floating_point() or t.is_complex()
+    }
     base = Base(
         {name: tensor for name, tensor in found.items() if name in trained},
         {name: tensor for name, tensor in found.items() if name not in trained},
@@ -44,6 +48,20 @@ def base_of(model: MultiTaskModel) -> Base:
     if not base.parameters:
         raise PlanError("The base has no floating-point parameters: there is nothing to merge.")
     return base
+
+
+def refuse_complex(base: Base, how: str) -> None:
+    """Refuse complex numbers, which no rule that ranks or masks entries is made for.
+
+    Raises:
+        PlanError: names the first tensor.
+    """
+    for name, tensor in (*base.parameters.items(), *base.statistics.items()):
+        if tensor.is_complex():
+            raise PlanError(
+                f"{how} merges real numbers, and '{name}' of the base is complex. Take "
+                "how='average' or 'task_arithmetic'."
+            )
 
 
 def precise(tensor: Tensor) -> Tensor:

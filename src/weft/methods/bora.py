@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.adapters.low_rank import LowRank
-from weft.core.checks import adapter_tensors
+from weft.core.checks import adapter_tensors, check_plan
 from weft.core.options import Options
 from weft.core.sharing import Created, Sharing
 from weft.core.sites import named_tensors
@@ -131,6 +131,7 @@ def tie_to_mean(
         PlanError: a number out of range, or a plan whose tasks share trained tensors already.
     """
     _check("tie_to_mean", tau, form, rows, mean)
+    check_plan(base, plan)
     if tau == 0.0:
         return plan
     if not plan.only_owns:
@@ -138,6 +139,10 @@ def tie_to_mean(
             f"The tasks of '{plan.method}' share trained tensors. Tie tasks that only own theirs."
         )
     start = {k: t for k, t in _fresh(plan, base).items() if isinstance(t, nn.Parameter)}
+    if not start:
+        raise PlanError(f"The tasks of '{plan.method}' own no tensors that could be tied.")
+    if complex_ := [key for key, tensor in start.items() if tensor.is_complex()]:
+        raise PlanError(f"A prior is over real numbers, and '{complex_[0]}' is complex.")
     trained = mean == "trained"
     means = {MEAN + key: Created(t.detach().clone()) for key, t in start.items()} if trained else {}
     charge = TieToMean(tau / rows, tuple(start), MEAN, form, trained)

@@ -70,7 +70,8 @@ def rcm(
     given.switch("normalise", normalise)
     if rank < 1.0 and responses is None:
         raise PlanError(
-            f"rcm(rank={rank}) keeps the components that matter for data: give responses=batches."
+            f"rcm(rank={rank}) keeps the components that matter for data: give responses=batches "
+            "in Python. A configuration file cannot, and has rank 1."
         )
     found = sites(base)
     used = Counter(name for site in found for name in site.parameters)
@@ -86,6 +87,8 @@ def rcm(
         patches |= dict.fromkeys(site.parameters, Replace(anchor=True))
         weight, layer = f"{site.name}.weight".lstrip("."), base.get_submodule(site.name)
         if weight not in site.parameters or not outputs_first(layer):
+            continue
+        if not layer.get_parameter("weight").is_floating_point():
             continue
         kept = max(1, math.ceil(rank * shapes[weight][0]))
         if shapes[weight][0] * kept >= shapes[weight].numel():

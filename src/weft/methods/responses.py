@@ -71,14 +71,15 @@ def layer_responses(base: nn.Module, batches: Iterable[Any]) -> dict[str, Seen]:
 
     Args:
         base: any network.
-        batches: inputs, or pairs of inputs and targets; a tuple or dict of inputs is spread out.
+        batches: inputs, or pairs of inputs and targets; a tuple or dict of inputs is spread out,
+            without its "labels".
 
     Returns:
         By layer, its sums. Left out are grouped convolutions, and layers with hooks or of other
         libraries, whose answers need not be linear in their weights.
 
     Raises:
-        DataError: no batch, or answers that are no numbers.
+        DataError: no batch, one that the base does not take, or answers that are no numbers.
     """
     if isinstance(batches, Tensor):
         raise DataError(
@@ -105,9 +106,17 @@ def layer_responses(base: nn.Module, batches: Iterable[Any]) -> dict[str, Seen]:
     for batch in batches:
         given += 1
         x = batch[0] if isinstance(batch, (tuple, list)) else batch
+        if isinstance(x, Mapping):  # targets may lie among the inputs, as in transformers
+            x = {name: value for name, value in x.items() if name != "labels"}
         args, kwargs = call_arguments((x,), {})
-        with watch, torch.compiler.set_stance("force_eager"):
-            outputs = network(*args, **kwargs)
+        try:
+            with watch, torch.compiler.set_stance("force_eager"):
+                outputs = network(*args, **kwargs)
+        except Exception as error:  # whatever a network does with inputs that it does not take
+            raise DataError(
+                f"rcm(responses=...): the base fails on batch {given - 1}: {error}. Give batches "
+                "of inputs as the base takes them."
+            ) from error
         watch.end(outputs)
     if not given:
         raise DataError("rcm(responses=...) gave no batch. Give at least one batch of inputs.")
@@ -141,7 +150,7 @@ class _Watch(TorchFunctionMode):
 
         def note(_: nn.Module, __: Any, output: Tensor) -> None:
             self._inside = True
-            flat = output.movedim(axis, -1).flatten(0, -2).double()
+            flat = output.movedim(axis, -1).reshape(-1, output.shape[axis]).double()
             seen = self.seen.setdefault(name, Seen(0, flat.new_zeros(()), flat.new_zeros(())))
             seen.count += len(flat)
             seen.total = seen.total + flat.sum(0)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from weft.adapters.low_rank import LowRank
 from weft.core.checks import check_plan
-from weft.core.model import MultiTaskModel
+from weft.core.model import MultiTaskModel, check_model
 from weft.core.patch import Replace
 from weft.core.sharing import Sharing
 from weft.core.sites import canonical_names, named_tensors
@@ -57,7 +57,9 @@ def load_peft(
         PlanError: the adapter does not fit the base, or holds something that has no form here
             (DoRA, trained biases, starts that change the base), by name.
         TaskError: the name is taken or cannot be one.
+        ConfigError: this is no model.
     """
+    check_model("load_peft", model)
     check_task_name(name, model.tasks)
     check_task(task)
     if not isinstance(path, (str, os.PathLike)):

@@ -12,7 +12,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from weft.adapters.low_rank import is_turned
-from weft.core.model import MultiTaskModel
+from weft.core.model import MultiTaskModel, check_model
 from weft.core.patch import Patch, Replace
 from weft.core.sites import canonical_names, named_tensors
 from weft.errors import ExportError, PlanError, TaskError, close_matches
@@ -50,7 +50,9 @@ def save_peft(
         TaskError: no such task.
         PlanError: the task owns something that PEFT's LoRA has no form for, by name.
         ExportError: the folder cannot be written.
+        ConfigError: this is no model.
     """
+    check_model("save_peft", model)
     if not isinstance(path, (str, os.PathLike)):
         raise ExportError(f"path is a folder's name, found {path!r}.")
     if task not in model.task_names:

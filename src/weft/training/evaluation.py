@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torchmetrics import Metric as TorchMetric
 
-from weft.core.model import MultiTaskModel
+from weft.core.model import MultiTaskModel, check_model
 from weft.core.rows import count_rows
 from weft.core.task import Metric
 from weft.errors import DataError, TaskError
@@ -43,7 +43,9 @@ def evaluate(model: MultiTaskModel, data: Mapping[str, Loader] | Loader) -> dict
         TaskError: an unknown task, one whose head is not built yet, or a metric that is not one
             number.
         DataError: no data, or targets that the task cannot take.
+        ConfigError: this is no model.
     """
+    check_model("evaluate", model)
     loaders = loaders_by_task(data, model.task_names)
     for task in loaders:
         model.head(task)  # an unknown or unfinished task is refused before any work

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 
-from weft.core.model import MultiTaskModel
+from weft.core.model import MultiTaskModel, check_model
 from weft.errors import ConfigError, DataError, PlanError
 
 from . import checkpoint as checkpoints
@@ -121,6 +121,7 @@ def fit(
         Whatever ends a run early, ctrl-C included, the model is at its last complete epoch then,
         with its gates not yet final.
     """
+    check_model("fit", model)
     settings = Settings(
         epochs=epochs,
         steps=steps,
@@ -204,9 +205,9 @@ def _checked_tasks(
     left_out = [t for t in model.task_names if t not in tasks]
     if model.sharing in plans and model.sharing.trains_shared and left_out and not subset:
         raise PlanError(
-            f"'{model.sharing.method}' trains tensors that all tasks use, so fitting only "
-            f"{', '.join(tasks)} would change {', '.join(left_out)}. Give data for all of them, "
-            "or say subset=True."
+            f"'{model.sharing.method}' trains tensors that all tasks use or are charged by, so "
+            f"fitting only {', '.join(tasks)} is not without effect on {', '.join(left_out)}. Give "
+            "data for all of them, or say subset=True."
         )
     for plan in plans if one_at_a_time else []:
         if any(penalty.needs_records for penalty in plan.penalties):
