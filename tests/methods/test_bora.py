@@ -233,9 +233,8 @@ def test_a_mean_that_is_not_there_is_refused(plan: str, found: str) -> None:
     model = weft.MultiTaskModel(base, weft.method(plan, base, r=4), example=torch.zeros(1, 5))
     given = weft.bora(base, r=2, mean="given")
     assert given.only_owns
-    model.add_task("new", weft.Classification(2), sharing=given)
     with pytest.raises(PlanError, match=rf"mean of shape \(2, 5\) for .* and its model {found}"):
-        weft.fit(model, {"new": rows(0)}, epochs=1, progress=False)
+        model.add_task("new", weft.Classification(2), sharing=given)
 
 
 # -------------------------------------------------- the mean as a branch beside those of the tasks

@@ -118,6 +118,17 @@ def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, table[attribute]
 
 
+def renormed_weights(module: nn.Module) -> frozenset[str]:
+    """Names of the weights of embeddings with a largest norm: reading rows scales them in place."""
+    embeddings = (nn.Embedding, nn.EmbeddingBag)
+    tables = {
+        id(child._parameters)
+        for child in module.modules()
+        if isinstance(child, embeddings) and child.max_norm is not None
+    }
+    return frozenset(name for name, table, _ in tensor_slots(module) if id(table) in tables)
+
+
 def canonical_names(base: nn.Module) -> dict[str, str]:
     """Every name of every parameter and buffer, with the first name of the same tensor.
 

@@ -25,6 +25,7 @@ from .sites import (
     is_fused,
     keep_weights_apart,
     named_tensors,
+    renormed_weights,
     statistics_modules,
     tensor_slots,
 )
@@ -140,11 +141,7 @@ class Structure:
             self.module = copy.deepcopy(base, memo)
         keep_weights_apart(self.module)
         self.statistics = statistics_modules(self.module)
-        self._renormed = {
-            id(m._parameters)
-            for m in self.module.modules()
-            if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.max_norm is not None
-        }
+        self._renormed = renormed_weights(self.module)
         self._modules = dict(self.module.named_modules())
         self._slots = tensor_slots(self.module)
         self._held: dict[int, list[tuple[dict[str, nn.Module | None], str]]] | None = None
@@ -226,9 +223,7 @@ class Structure:
         self._writable = writable
         guarded = self._foreign - writable
         self._guarded = [slot for slot in self._buffer_slots if slot[0] in guarded]
-        # An embedding with a largest norm scales the rows that it reads, where they lie.
-        renormed = {name for name, table, _ in self._slots if id(table) in self._renormed}
-        self._guarded += [slot for slot in self._slots if slot[0] in renormed]
+        self._guarded += [slot for slot in self._slots if slot[0] in self._renormed]
 
     @property
     def moving(self) -> frozenset[str]:

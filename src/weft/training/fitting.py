@@ -205,9 +205,9 @@ def _checked_tasks(
     left_out = [t for t in model.task_names if t not in tasks]
     if model.sharing in plans and model.sharing.trains_shared and left_out and not subset:
         raise PlanError(
-            f"'{model.sharing.method}' trains tensors that all tasks use or are charged by, so "
-            f"fitting only {', '.join(tasks)} is not without effect on {', '.join(left_out)}. Give "
-            "data for all of them, or say subset=True."
+            f"'{model.sharing.method}' trains tensors that all tasks use, so fitting only "
+            f"{', '.join(tasks)} would change {', '.join(left_out)}. Give data for all of them, "
+            "or say subset=True."
         )
     for plan in plans if one_at_a_time else []:
         if any(penalty.needs_records for penalty in plan.penalties):
