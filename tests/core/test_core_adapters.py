@@ -364,7 +364,9 @@ def test_a_site_whose_parent_never_calls_it_is_refused_by_name(training: bool) -
     model = model_of(base, scaled("attention.out_proj")).train(training)
     x = torch.randn(2, 3, 4)
     for run in (lambda: model(x, task="a"), lambda: model.view("a")(x)):
-        with pytest.raises(PlanError, match=r"'attention.out_proj' has no effect.*method that replaces tens"):
+        with pytest.raises(
+            PlanError, match=r"'attention.out_proj' has no effect.*method that replaces tens"
+        ):
             run()
 
 
