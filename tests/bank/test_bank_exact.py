@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -457,3 +458,27 @@ def test_an_empty_model_and_unknown_tasks_are_named(tmp_path: Path) -> None:
     bank.remove("flowers")
     with pytest.raises(BankError, match="holds no tasks"):
         bank.load(base)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("lora", {"r": np.int64(4), "alpha": np.float32(8), "dropout": np.float32(0.1)}),
+        ("paco", {"k": np.int64(3), "noise": np.float32(0.1), "seed": np.int64(1)}),
+        ("bora", {"tau": np.float32(0.1), "r": np.int32(2)}),
+        ("taps", {"budget": np.float32(0.5)}),
+        ("disparse", {"sparsity": np.float64(0.5), "batches": np.int64(2)}),
+    ],
+)
+def test_options_may_be_numbers_of_numpy(
+    method: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    base = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8))
+    x = torch.randn(4, 6)
+    plan = weft.method(method, base, **options)
+    model = weft.MultiTaskModel(base, plan, example=x)
+    model.add_task("a", weft.Classification(3))
+    bank = weft.Bank(tmp_path)
+    bank.save(model)
+    for loaded in (bank.load(base), bank.load(base, sharing=plan)):
+        assert torch.equal(loaded.eval()(x, task="a"), model.eval()(x, task="a"))

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from weft.errors import BankError
 
 from .files import read_file
@@ -25,7 +27,7 @@ _WIDTH = 100
 
 
 def plain(value: Any, where: str) -> Any:
-    """A value as JSON has it: tuples become lists, everything else stays as it is.
+    """A value as JSON has it: tuples become lists, numpy's numbers Python's, all else stays.
 
     Args:
         value: numbers, strings, lists, dictionaries with string keys.
@@ -34,6 +36,8 @@ def plain(value: Any, where: str) -> Any:
     Raises:
         BankError: the value has no plain form.
     """
+    if isinstance(value, np.generic):
+        value = value.item()
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (list, tuple)):
