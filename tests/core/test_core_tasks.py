@@ -132,6 +132,14 @@ def test_an_embedding_with_a_largest_norm_leaves_the_base_alone() -> None:
 
     base, tokens = Words(), torch.randint(0, 11, (6, 5))
     before = copy.deepcopy(base.state_dict())
+    owner = weft.MultiTaskModel(base, weft.full_finetune(base), example=tokens)
+    owner.add_task("a", weft.Classification(3))
+    owned = copy.deepcopy(owner.state_dict())
+    with torch.no_grad():
+        owner(tokens, task="a")
+    assert all(torch.equal(t, owned[name]) for name, t in owner.state_dict().items())
+    owner(tokens, task="a").sum().backward()
+    assert owner.tasks["a"].own["words.weight"].grad is not None
     model = weft.MultiTaskModel(base, weft.lora(base, target=["layer"]))
     model.add_task("a", weft.Classification(3))
     model.add_task("b", weft.Classification(3))

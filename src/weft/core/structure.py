@@ -289,8 +289,9 @@ class Structure:
             self._holds_copies = False
         for name, table, attribute in self._guarded:
             buffer = self._bound[name]
-            if buffer.requires_grad:
-                continue  # bound to differentiate with respect to it; no copy could
+            if buffer.requires_grad and torch.is_grad_enabled():
+                table[attribute] = buffer  # to differentiate with respect to it; no copy could
+                continue
             kept = self._scratch.get(name)
             if kept is None or not kept.fresh(buffer):
                 kept = self._scratch[name] = _Scratch(buffer)
