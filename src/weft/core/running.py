@@ -208,7 +208,9 @@ class Runner:
             PlanError: their outputs differ by more than rounding.
         """
         args, kwargs = varied(self._batch_of(example))
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        device = self.reference().device
+        devices = [device] if device.type == "cuda" else []  # a seed is one for all devices
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
             torch.manual_seed(0)  # for a base that draws numbers
             expected, _ = self._features(state, args, kwargs, Call(), training=False)
             torch.manual_seed(0)

@@ -213,7 +213,8 @@ def _over_union(one: Tensor, other: Tensor) -> float:
 
 
 def _draw_anew(model: MultiTaskModel, names: Sequence[str], seed: int) -> None:
-    with torch.random.fork_rng(devices=[]):
+    devices = {p.device for p in model.parameters() if p.is_cuda}
+    with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         drawn: set[int] = set()
         for task in model.task_names:
