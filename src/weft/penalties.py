@@ -95,17 +95,26 @@ class TieToMean(Penalty):
                     total = total + self.weight * torch.where(squared > 0, norm, 0.0)
         return total
 
+    def check_shared(self, own: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> None:
+        for key in self.keys if self.mean is not None else ():
+            if key in own:
+                self._mean(key, own[key], shared)
+
     def _apart(self, key: str, own: Tensor, shared: Mapping[str, Tensor]) -> Tensor:
         if self.mean is None:
             return own
-        mean = shared.get(self.mean + key)
+        mean = self._mean(key, own, shared)
+        return own - (mean if self.learned else mean.detach())
+
+    def _mean(self, key: str, own: Tensor, shared: Mapping[str, Tensor]) -> Tensor:
+        mean = shared.get(f"{self.mean}{key}")
         if mean is None or mean.shape != own.shape:
             found = "has none" if mean is None else f"has one of shape {tuple(mean.shape)}"
             raise PlanError(
                 f"A task is tied to a mean of shape {tuple(own.shape)} for '{key}', and its model "
                 f"{found}. Make the model by the same plan with mean='trained'."
             )
-        return own - (mean if self.learned else mean.detach())
+        return mean
 
 
 PolicyForm = Literal["paper", "code"]

@@ -48,7 +48,7 @@ DATA = {"t0": batches(0), "t1": batches(1), "t2": batches(2)}
         ({"tasks": [0, 1]}, TaskError, "named by strings, found 0"),
         ({"tasks": 3}, TaskError, "object of type int"),
         ({"density": 0.2}, ConfigError, "is for how='ties'; 'task_arithmetic' keeps every entry"),
-        ({"scales": [0.1]}, ConfigError, "here the scale is 0.3. Give data="),
+        ({"scales": [0.1]}, ConfigError, "here the scale is 0.3. Give scale='choose' and data="),
         ({"how": None}, ConfigError, r"how=...\) is .*, found None\.$"),
         ({"base": make_base()}, ConfigError, "base=.*belongs to a bank"),
         ({"how": "concrete"}, DataError, "a dict of batches by task, found None"),
@@ -80,7 +80,7 @@ POSITIVE = ["temperature", "lr", "inner_lr", "scale_lr"]
             for name in ("steps", "scale_steps")
             for value in (0, 2.5, "x", None, True)
         ),
-        ({"seed": -1}, ConfigError, r"seed=...\) is a whole number of at least 0, found -1"),
+        ({"seed": 2**70}, ConfigError, r"seed=...\) is a whole number of 64 bits, found 118"),
         ({"scale": NAN}, ConfigError, r"scale=...\) is a finite number, found nan"),
         ({"scale": "choose"}, ConfigError, r"scale=...\) is a finite number, found 'choose'"),
         ({"diversity": -1}, ConfigError, r"diversity=...\) is a number >= 0, found -1"),

@@ -413,12 +413,11 @@ class MultiTaskModel(nn.Module):
 
     def _check_needs(self, state: TaskState) -> None:
         """Refuse a task whose plan reads shared tensors that are not there, or are others."""
-        shared = {**self._runner.base_tensors(), **self.shared.to_dict()}
-        with torch.no_grad():
-            self._runner.compose(state)
-            for penalty in state.sharing.penalties:
-                if not penalty.needs_records:
-                    penalty({"": {}}, {"": state.own.to_dict()}, shared)
+        shared = self.shared.to_dict()
+        for tensor_name, patch in state.patches.items():
+            patch.check_shared(tensor_name, shared)
+        for penalty in state.sharing.penalties:
+            penalty.check_shared(state.own.to_dict(), shared)
 
     def _state(self, task: str) -> TaskState:
         name = task if task in self.tasks else known_task(task, self.task_names)
@@ -481,7 +480,9 @@ def check_model(function: str, model: object) -> None:
     Raises:
         ConfigError: says what was found.
     """
-    if not isinstance(model, MultiTaskModel):
+    # What torch.compile wraps passes calls and attributes on.
+    inner = model._modules.get("_orig_mod", model) if isinstance(model, nn.Module) else model
+    if not isinstance(inner, MultiTaskModel):
         raise ConfigError(
             f"{function} takes a weft.MultiTaskModel, found {type(model).__name__}. Make one of a "
             "base and a plan: weft.MultiTaskModel(base, sharing)."

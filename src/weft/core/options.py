@@ -42,7 +42,7 @@ class Options:
     def word(self, option: str, value: object, known: Iterable[str | None]) -> None:
         """Refuse what is none of some words."""
         words = tuple(known)
-        if value not in words:
+        if not (value is None or isinstance(value, str)) or value not in words:
             known_words = [word for word in words if word is not None]
             hint = close_matches(value, known_words) if isinstance(value, str) else ""
             self._refuse(option, " or ".join(map(repr, words)), value, hint)
@@ -75,25 +75,35 @@ class Options:
             expected = f"a whole number of at least {least} {also}".rstrip()
             self._refuse(option, expected, value)
 
+    def seed(self, option: str, value: object) -> None:
+        """Refuse what seeds no generator: anything but a whole number of 64 bits."""
+        if not is_whole(value, -(2**63)) or value >= 2**64:
+            self._refuse(option, "a whole number of 64 bits", value)
+
     def switch(self, option: str, value: object) -> None:
         """Refuse what is neither True nor False."""
         if not isinstance(value, bool):
             self._refuse(option, "True or False", value)
 
-    def names(self, option: str, value: object, what: str) -> None:
+    def names(self, option: str, value: object, what: str) -> tuple[str, ...]:
         """Refuse what is no list of words, which a word alone is not.
 
         Args:
             option: its name.
             value: what was given.
             what: the option is, for the message: "names of blocks".
+
+        Returns:
+            The words; what can be read only once has been read now.
         """
         if isinstance(value, str):
             self._refuse(option, what, value, f" One is a list, too: {option}=[{value!r}].")
         if not isinstance(value, Iterable) or isinstance(value, Mapping):
             self._refuse(option, what, value)
-        if not all(isinstance(name, str) for name in value):
+        names = tuple(value)
+        if not all(isinstance(name, str) for name in names):
             self._refuse(option, what, value)
+        return names
 
     def _refuse(self, option: str, expected: str, value: object, hint: str = "") -> NoReturn:
         label = f"{self.function}({option}=...)" if self.function else option

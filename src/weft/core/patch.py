@@ -63,6 +63,17 @@ class Patch(ABC):
             the base tensor after all.
         """
 
+    def check_shared(self, name: str, shared: Mapping[str, Tensor]) -> None:  # noqa: B027
+        """Refuse a task whose model lacks created tensors that the patch reads.
+
+        Args:
+            name: the base tensor's name.
+            shared: the tensors that the model's plan created, by key.
+
+        Raises:
+            PlanError: one is not there, or is of another shape.
+        """
+
     def anchored(self, name: str) -> tuple[str, ...]:  # noqa: ARG002
         """Keys of own tensors that weight decay pulls towards the base tensor, not towards zero."""
         return ()

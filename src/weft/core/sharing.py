@@ -49,6 +49,17 @@ class Penalty(ABC):
             shared: the shared tensors by key: those of the base and those that the plan adds.
         """
 
+    def check_shared(self, own: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> None:  # noqa: B027
+        """Refuse a task whose model lacks shared tensors that the charge reads.
+
+        Args:
+            own: the task's own tensors by key.
+            shared: those that the model's plan created, by key.
+
+        Raises:
+            PlanError: one is not there, or is of another shape.
+        """
+
     def figures(self, own: Mapping[str, Tensor]) -> dict[str, float]:  # noqa: ARG002
         """What the history notes about one task in each epoch, for instance a price that moves."""
         return {}

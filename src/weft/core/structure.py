@@ -114,17 +114,24 @@ class StandIn(nn.Module, ABC):
 
 
 class _Scratch:
-    """A copy of a shared buffer, good as long as neither it nor the buffer has been written to."""
+    """A copy of a shared tensor, good as long as neither it nor the tensor has been written to.
 
-    def __init__(self, buffer: Tensor) -> None:
+    Args:
+        tensor: to copy.
+        lasting: whether what forwards write to the copy does no harm: scaling rows to a largest
+            norm once more leaves them as they are.
+    """
+
+    def __init__(self, tensor: Tensor, *, lasting: bool) -> None:
         with torch.inference_mode(False):
-            self.copy = buffer.detach().clone()
-        self._source = buffer
-        self._versions = (buffer._version, self.copy._version)
+            self.copy = tensor.detach().clone()
+        self._source = tensor
+        self._lasting = lasting
+        self._versions = (tensor._version, self.copy._version)
 
-    def fresh(self, buffer: Tensor) -> bool:
-        versions = (buffer._version, self.copy._version)
-        return buffer is self._source and versions == self._versions
+    def fresh(self, tensor: Tensor) -> bool:
+        written = self._versions[1] if self._lasting else self.copy._version
+        return tensor is self._source and (tensor._version, written) == self._versions
 
 
 class Structure:
@@ -294,7 +301,8 @@ class Structure:
                 continue
             kept = self._scratch.get(name)
             if kept is None or not kept.fresh(buffer):
-                kept = self._scratch[name] = _Scratch(buffer)
+                lasting = name in self._renormed
+                kept = self._scratch[name] = _Scratch(buffer, lasting=lasting)
             table[attribute] = kept.copy
 
     def _hold_statistics(self) -> None:

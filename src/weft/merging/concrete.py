@@ -83,7 +83,7 @@ def concrete(
         hard: whether the final mask is 0 or 1, at m > 0.5.
         diversity: weight of the entropy of the mean prediction, which is maximised, >= 0; 0 is the
             paper, more keeps predictions from collapsing.
-        seed: of the masks, >= 0.
+        seed: of the masks.
         progress: whether to show progress, on standard error.
 
     Returns:
@@ -111,7 +111,7 @@ def concrete(
     given.number("diversity", diversity, "[0, inf)")
     for option, count in {"steps": steps, "scale_steps": scale_steps}.items():
         given.whole(option, count, 1)
-    given.whole("seed", seed, 0)
+    given.seed("seed", seed)
     for option, switch in {"masked": masked, "clamp": clamp, "hard": hard}.items():
         given.switch(option, switch)
     check_data("concrete", data, names)

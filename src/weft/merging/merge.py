@@ -99,10 +99,10 @@ def merge(
         check_rereadable(data, names)
     if density is not None and how != "ties":
         raise ConfigError(f"merge(density=...) is for how='ties'; {how!r} keeps every entry.")
-    if scales is not None and wanted is not None:
+    if scales is not None and wanted is not None and len(names) > 1:
         raise ConfigError(
             f"merge(scales=...) is what scale='choose' tries on data; here the scale is "
-            f"{wanted:g}. Give data={{task: batches, ...}} and leave scale out."
+            f"{wanted:g}. Give scale='choose' and data={{task: batches, ...}}."
         )
     model = opened(source, names, base)
     start = base_of(model)

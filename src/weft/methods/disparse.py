@@ -178,7 +178,7 @@ def _check(
     given.whole("every", every, 1)
     given.number("drop", drop, "(0, 1]")
     given.number("power", power, "[0, inf)")
-    given.whole("seed", seed, 0)
+    given.seed("seed", seed)
     if variant == "dynamic" and score is not None:
         raise PlanError(
             "disparse(variant='dynamic') drops by magnitude and grows by gradient; leave out "

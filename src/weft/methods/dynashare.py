@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
+import numpy as np
 from torch import nn
 
 from weft.adapters.block_policy import BlockPolicy, Draw
@@ -165,8 +166,8 @@ def _targets(target: float | Sequence[float], found: dict[str, ResidualBlock]) -
         PlanError: not one number per block, or none that a gate could meet.
     """
     count = len(found)
-    several = isinstance(target, Iterable) and not isinstance(target, str)
-    chosen: list[float] = list(target) if isinstance(target, Iterable) else [target]
+    several = isinstance(target, Iterable) and not isinstance(target, str) and np.ndim(target) > 0
+    chosen: list[Any] = list(target) if isinstance(target, Iterable) and several else [target]
     for number in chosen:
         Options("dynashare").number("target", number, "(0, 1]", "or one for each block")
     if not several:

@@ -58,7 +58,7 @@ def hard_sharing(
     elif isinstance(own, str):
         private = _end(base, own, fraction)
     else:
-        Options("hard_sharing").names("own", own, OWN)
+        own = Options("hard_sharing").names("own", own, OWN)
         private = _named(base, own)
     patches: dict[str, Patch] = {n: Replace() for s in private for n in s.parameters + s.statistics}
     if batchnorm == "private":

@@ -88,8 +88,8 @@ def paco(
     given.switch("fixed_coefficients", fixed_coefficients)
     given.switch("softmax", softmax)
     given.number("noise", noise, "[0, inf)")
-    given.whole("seed", seed, 0)
-    if limit is not None:
+    given.seed("seed", seed)
+    if limit is not None and limit != math.inf:  # which refuses what is no number
         given.number("limit", limit, "(0, inf)", "or None")
     if fixed_coefficients and limit is not None:
         raise PlanError(

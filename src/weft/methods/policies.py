@@ -39,7 +39,8 @@ def find_blocks(
         PlanError: there are none, or what was given does not tell.
     """
     if blocks is not None and not isinstance(blocks, Mapping):
-        Options(method).names("blocks", blocks, "names of blocks, or {block: shortcut}")
+        what = "names of blocks, or {block: shortcut}"
+        blocks = Options(method).names("blocks", blocks, what)
     if example is not None:
         found = residual_blocks(base, example, blocks)
     elif isinstance(blocks, Mapping):
@@ -107,7 +108,7 @@ class PolicyOptions:
         given.number("retrain", self.retrain, "(0, 1)")
         given.number("curriculum", self.curriculum, "[0, 1]")
         given.number("policy_data", self.policy_data, "(0, 1)")
-        given.whole("seed", self.seed, 0)
+        given.seed("seed", self.seed)
         if not self.warmup + self.retrain < 1.0:
             raise PlanError(
                 f"{method}(warmup=..., retrain=...) are shares of the epochs that leave some for "

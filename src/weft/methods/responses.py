@@ -18,7 +18,7 @@ from weft.core.channels import is_plain, output_channels
 from weft.core.kernels import has_hooks
 from weft.core.rows import call_arguments
 from weft.core.sites import Kind, sites
-from weft.errors import DataError
+from weft.errors import DataError, WeftError
 
 LAYERS = (Kind.LAYER, Kind.DEPTHWISE)
 
@@ -112,6 +112,8 @@ def layer_responses(base: nn.Module, batches: Iterable[Any]) -> dict[str, Seen]:
         try:
             with watch, torch.compiler.set_stance("force_eager"):
                 outputs = network(*args, **kwargs)
+        except (WeftError, torch.OutOfMemoryError):
+            raise
         except Exception as error:  # whatever a network does with inputs that it does not take
             raise DataError(
                 f"rcm(responses=...): the base fails on batch {given - 1}: {error}. Give batches "

@@ -43,15 +43,19 @@ class Mixture(Patch):
         point = drawn / drawn.sum()
         return {self.coefficients: nn.Parameter((point.log() if self.softmax else point).to(base))}
 
-    def compose(self, name: str, base: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:  # noqa: ARG002
-        key, numbers = bases_key(name), tensors[self.coefficients]
-        if key not in tensors or tensors[key].shape[0] != self.count:
-            found = "none" if key not in tensors else str(tensors[key].shape[0])
+    def check_shared(self, name: str, shared: Mapping[str, Tensor]) -> None:
+        key = bases_key(name)
+        if key not in shared or shared[key].shape[0] != self.count:
+            found = "none" if key not in shared else str(shared[key].shape[0])
             raise PlanError(
                 f"A task mixes {self.count} bases of '{name}', and its model has {found}. Make the "
                 f"model by weft.paco(base, k={self.count}), and add to it tasks with plans of that "
                 "k."
             )
+
+    def compose(self, name: str, base: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:  # noqa: ARG002
+        self.check_shared(name, tensors)
+        key, numbers = bases_key(name), tensors[self.coefficients]
         weights = numbers.softmax(0) if self.softmax else numbers
         mixed: Tensor = torch.tensordot(weights.to(tensors[key].dtype), tensors[key], 1)
         return mixed

@@ -213,14 +213,15 @@ class Run:
                 sums = [a + b for a, b in zip(sums, numbers, strict=True)]
                 display.step(figures.losses)
             done += stretch.steps
-        for task in self._phases.limits(self.epoch).keys() - counted:
-            warnings.warn(
-                f"No step of epoch {self.epoch + 1} counted for '{task}': its loss was over the "
-                f"limit of its plan, {self._phases.limits(self.epoch)[task]:g}, or no number, each "
-                "time. Raise the limit, or look at its data.",
-                DataWarning,
-                stacklevel=2,
-            )
+        for task, limit in self._phases.limits(self.epoch).items():
+            if not self._processes.any(task in counted):
+                warnings.warn(
+                    f"No step of epoch {self.epoch + 1} counted for '{task}': its loss was over "
+                    f"the limit of its plan, {limit:g}, or no number, each time. Raise the limit, "
+                    "or look at its data.",
+                    DataWarning,
+                    stacklevel=2,
+                )
         means = self._processes.mean([value / self._steps for value in sums])
         return Figures(means[0], means[1], dict(zip(self.tasks, means[2:], strict=True)))
 
