@@ -120,6 +120,28 @@ def test_tasks_that_need_shared_tensors_are_refused_where_there_are_none() -> No
             assert not model.task_names
 
 
+def test_a_model_out_of_a_bank_takes_new_tasks(tmp_path: Path) -> None:
+    """Penalties that a bank does not store are not asked for anything before training."""
+    for method in ("bora", "taps", "disparse", "paco"):
+        base = mlp()
+        model = weft.MultiTaskModel(base, weft.method(method, base), example=vectors())
+        model.add_task("a", weft.Classification(3))
+        bank = weft.Bank(tmp_path / method)
+        bank.save(model)
+        loaded = bank.load(base)
+        loaded.add_task("b", weft.Classification(2))
+        assert loaded.task_names == ("a", "b")
+
+
+def test_a_compiled_model_is_a_model() -> None:
+    base = mlp()
+    model = weft.MultiTaskModel(base, weft.bias_only(base), example=vectors())
+    model.add_task("a", weft.Classification(3))
+    rows = [(vectors(), torch.zeros(len(vectors()), dtype=torch.int64))]
+    compiled = torch.compile(model, backend="eager")
+    assert weft.evaluate(compiled, {"a": rows}) == weft.evaluate(model, {"a": rows})
+
+
 def test_an_embedding_with_a_largest_norm_leaves_the_base_alone() -> None:
     class Words(nn.Module):
         def __init__(self) -> None:

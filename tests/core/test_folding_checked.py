@@ -58,6 +58,40 @@ def test_hooks_on_adapted_layers_are_seen(zeros: bool) -> None:
         model.fold("a")
 
 
+class Counting(nn.Module):
+    """A network that counts its forwards, draws numbers if asked to, and rounds inside."""
+
+    def __init__(self, noise: float = 0.0, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8, dtype=dtype)
+        self.noise, self.calls = noise, 0
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.seen += 1
+        y = self.layer(x.to(self.layer.weight.dtype)).float()
+        return y + self.noise * torch.randn_like(y) if self.noise else y
+
+
+def test_the_check_leaves_the_folded_network_as_it_is() -> None:
+    base = Counting()
+    model = drawn(weft.MultiTaskModel(base, weft.lora(base), example=torch.randn(64, 8)))
+    plain = model.fold("a")
+    assert (plain.calls, float(plain.seen)) == (0, 0.0)
+
+
+@pytest.mark.parametrize(("noise", "dtype"), [(1.0, torch.float32), (0.0, torch.bfloat16)])
+def test_what_draws_numbers_or_rounds_inside_can_be_folded(
+    noise: float, dtype: torch.dtype
+) -> None:
+    base = Counting(noise, dtype)
+    model = drawn(weft.MultiTaskModel(base, weft.lora(base), example=torch.randn(4, 8)))
+    model.fold("a")
+    with torch.autocast("cpu", torch.bfloat16):
+        model.fold("a")
+
+
 def test_the_check_draws_no_numbers_and_leaves_the_mode() -> None:
     base = nn.Sequential(nn.Linear(8, 8), nn.Dropout(), nn.Linear(8, 8))
     model = drawn(weft.MultiTaskModel(base, weft.lora(base), example=torch.zeros(1, 8)))

@@ -122,6 +122,12 @@ def test_without_sparsity_it_is_hard_sharing_bit_for_bit() -> None:
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
+        ({"dense": 1.0}, r"dense=...\) is a number in \[0, 1\), found 1.0"),
+        ({"explore": 1.0}, r"explore=...\) is a number in \(0, 1\), found 1.0"),
+        ({"explore": 0}, r"explore=...\) is a number in \(0, 1\), found 0"),
+        ({"drop": 0.0}, r"drop=...\) is a number in \(0, 1\], found 0.0"),
+        ({"power": -0.1}, r"power=...\) is a number >= 0, found -0.1"),
+        ({"seed": 0.5}, r"seed=...\) is a whole number of 64 bits, found 0.5"),
         ({"sparsity": 1.0}, r"sparsity=...\) is a number in \[0, 1\), found 1.0"),
         ({"variant": "statics"}, "'static' or 'pretrained' or 'dynamic', found 'statics'"),
         ({"score": "snip"}, "'saliency' or 'magnitude' or 'taylor', found 'snip'"),

@@ -46,6 +46,15 @@ def options() -> list[tuple[str, str]]:
     ]
 
 
+def test_names_that_can_be_read_once_are_read_once() -> None:
+    base = net()
+    names = ["0", "1"]
+    expected = METHODS["hard_sharing"].plan(base, own=names, batchnorm="follow").patches
+    found = METHODS["hard_sharing"].plan(base, own=iter(names), batchnorm="follow").patches
+    assert found.keys() == expected.keys()
+    assert found
+
+
 @pytest.mark.parametrize(("method", "option"), options())
 def test_options_are_taken_or_refused_by_name(method: str, option: str) -> None:
     plan, base = METHODS[method].plan, net()
