@@ -16,7 +16,7 @@ from weft.errors import ConfigError, PlanError, close_matches
 
 from .bank import Bank
 from .core.model import MultiTaskModel
-from .core.running import Output
+from .core.rows import Output
 from .core.sharing import Sharing
 from .core.task import Task
 from .methods.hard_sharing import hard_sharing

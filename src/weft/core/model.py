@@ -21,6 +21,7 @@ from .one_input import OneInput
 from .rows import (
     Answer,
     Arguments,
+    Output,
     Rows,
     assemble,
     call_arguments,
@@ -30,7 +31,7 @@ from .rows import (
     places,
     select_rows,
 )
-from .running import Output, Runner
+from .running import Runner
 from .sharing import Sharing, charges
 from .sites import canonical_names
 from .state import TaskState, TaskTable, TensorTable, private_copy, restore_ties, same_values

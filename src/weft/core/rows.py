@@ -20,6 +20,10 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword inputs of the base."""
 
 
+Output = str | int | Callable[[Any], Tensor] | None
+"""What heads read of the base's output: a key or attribute, an index, a function, or all of it."""
+
+
 def call_arguments(inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
     """The arguments of the base: a single tuple or dict of tensors is spread out."""
     if len(inputs) == 1 and isinstance(inputs[0], (tuple, list)):
@@ -120,7 +124,7 @@ def select_rows(batch: Any, index: Sequence[int], rows: int) -> Any:
     return pytree.tree_map_only(Tensor, select, batch)
 
 
-def select_output(output: Any, which: str | int | Callable[[Any], Tensor] | None) -> Tensor:
+def select_output(output: Any, which: Output) -> Tensor:
     """What heads read of the base's output.
 
     Args:

@@ -6,11 +6,9 @@ copied or stored.
 
 from __future__ import annotations
 
-import copy
 import operator
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,42 +17,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from weft.errors import DataError, PlanError, WeftError
+from weft.errors import DataError, WeftError
 
 from .adapter import Call, Insertion, Records
-from .agreement import AGREEMENT, difference
-from .drawing import varied
+from .folding import check_plain
 from .patch import Patch, Replace
 from .pool import Pool
-from .rows import Arguments, call_arguments, count_rows, select_output, select_rows
+from .rows import Arguments, Output, call_arguments, count_rows, select_output
 from .sharing import Sharing
 from .sites import tensor_slots
 from .state import TaskState, TensorTable
 from .structure import SLOT, buffers_of
 from .together import SharedInputs
 from .view import View
-
-Output = str | int | Callable[[Any], Tensor] | None
-"""What heads read of the base's output: a key or attribute, an index, a function, or all of it."""
-
-TRIED_ROWS = 2
-"""Rows on which a folded network is tried."""
-
-TF32 = 1e-2
-"""What devices may round by whose convolutions take fewer digits than their types have."""
-
-MISFIT = 0.05
-"""From here on a difference is none of rounding, in whatever precision a network computes."""
-
-MISFIT_IN_HALF = 0.5
-"""The same for tensors of 16 bits, whose roundings add up over many layers."""
-
-_ADVICE = (
-    "The base does more with a module that an adapter stands at than to call it: it reads its "
-    "attributes or its tensors, or a hook changes what it gives. Leave that module out of the "
-    "plan, for instance by exclude=[...] of weft.lora."
-)
-"""What to say about a folded network that is not the task."""
 
 
 @dataclass(frozen=True)
@@ -213,48 +188,14 @@ class Runner:
     def check_plain(self, state: TaskState, plain: nn.Module, example: Any) -> None:
         """Refuse a plain module that does not compute what a task computes.
 
-        Args:
-            state: of the task.
-            plain: what shall compute the same.
-            example: one batch for the base; numbers that are all the same are drawn anew.
-
         Raises:
-            PlanError: their outputs differ by more than any rounding. Between that and what
-                rounding should give there is a warning.
+            PlanError: as for `folding.check_plain`.
         """
-        batch = self._batch_of(example)
-        rows = count_rows(*batch)
-        with suppress(DataError):  # some of it belongs to no row: then all of it
-            batch = select_rows(batch, range(min(rows, TRIED_ROWS)), rows)
-        args, kwargs = varied(batch)
-        # Parameters are the same ones; what a forward may keep in the module, it keeps in a copy.
-        tried = copy.deepcopy(plain, {id(p): p for p in plain.parameters()}).eval()
-        device = self.reference().device
 
-        def of_task() -> Tensor:
-            return self._features(state, args, kwargs, Call(), training=False)[0]
+        def of_task(batch: Arguments) -> Tensor:
+            return self._features(state, *batch, Call(), training=False)[0]
 
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            expected = of_task()
-            try:
-                found = select_output(tried(*args, **kwargs), self.output)
-            except Exception as error:  # whatever a module does where a child is another
-                raise PlanError(f"The folded network fails: {error}. {_ADVICE}") from error
-            types = {t.dtype for t in (*plain.parameters(), expected)} & AGREEMENT.keys()
-            rounding = max((AGREEMENT[dtype] for dtype in types), default=MISFIT)
-            if device.type != "cpu":
-                rounding = max(rounding, TF32)
-            apart = difference(found, expected)
-            if apart <= rounding or difference(of_task(), expected) > 0.0:
-                return  # or it draws numbers, so that nothing can be told
-        half = any(dtype.itemsize < 4 for dtype in types)
-        if apart > (MISFIT_IN_HALF if half else MISFIT):
-            raise PlanError(f"The folded network computes something else than the task. {_ADVICE}")
-        warnings.warn(
-            f"The folded network differs from the task by {apart:.0e} of its largest output, more "
-            f"than rounding alone should. If not for low precision inside: {_ADVICE}",
-            stacklevel=4,
-        )
+        check_plain(plain, of_task, self._batch_of(example), self.output, self.reference().device)
 
     def _batch_of(self, example: Any) -> Arguments:
         """The arguments of the base that an example stands for, as its tensors are."""

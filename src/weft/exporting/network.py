@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from weft.core.model import MultiTaskModel
-from weft.core.rows import Arguments, select_output
-from weft.core.running import Output
+from weft.core.rows import Arguments, Output, select_output
 from weft.core.sites import named_tensors
 from weft.errors import PlanError
 
