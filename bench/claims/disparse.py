@@ -80,20 +80,14 @@ class GrowTogether:
     factors: Mapping[str, float]
 
     def __call__(self, model: weft.MultiTaskModel, taken: Taken) -> tuple[torch.Tensor, ...]:
-        counts, zeta = self.apart.counts(model), self.apart.zeta(taken.done)
-        weights = all_weights(model, self.apart.names)
-        for place, weight in weights.items():
-            keep = buffer_of(model, *place)
-            stay = largest(weight.detach().abs(), round(counts[place] * (1 - zeta)), among=keep)
-            set_mask(model, *place, weight, stay)
+        missing = self.apart.let_go(model, taken.done)
         probe = apart(model, self.apart.names)
         places = all_weights(probe, self.apart.names)
         loss = joint_loss(probe, taken.batches, self.factors)
         gradients = torch.autograd.grad(loss, list(places.values()))
         for place, gradient in zip(places, gradients, strict=True):
             keep = buffer_of(model, *place)
-            missing = counts[place] - int(keep.sum())
-            keep.logical_or_(largest(gradient.abs(), missing, among=~keep))
+            keep.logical_or_(largest(gradient.abs(), missing[place], among=~keep))
         return ()
 
 

@@ -60,6 +60,13 @@ class MissingExtra(WeftError, ImportError):
         )
 
 
+def kind_of(value: object) -> str:
+    """What was found in the place of something else, in words for an error."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    return "None" if value is None else f"an object of type {type(value).__name__}"
+
+
 def close_matches(name: str, known: Iterable[str]) -> str:
     """The names of ``known`` that resemble ``name``, as a sentence to append to an error.
 

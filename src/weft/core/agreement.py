@@ -26,10 +26,15 @@ def agree(one: Any, other: Any) -> bool:
     return len(mine) == len(theirs) and all(map(_close, mine, theirs))
 
 
-def difference(one: Tensor, other: Tensor) -> float:
+def difference(one: Tensor, other: Tensor, *, floor: float = 0.0) -> float:
     """How far two tensors are apart, relative to the largest number of the second one.
 
     Infinite where they differ in shape, type or in where they are not finite.
+
+    Args:
+        one: a tensor.
+        other: what it is compared with.
+        floor: what the largest number counts as at least.
     """
     if one.shape != other.shape or one.dtype != other.dtype:
         return math.inf
@@ -41,8 +46,10 @@ def difference(one: Tensor, other: Tensor) -> float:
     one, other = one[finite], other[finite]
     if not one.numel():
         return 0.0
-    apart = float((one - other).abs().max())
-    return apart / max(float(other.abs().max()), 1e-12) if math.isfinite(apart) else math.inf
+    apart, largest = float((one - other).abs().max()), max(float(other.abs().max()), floor)
+    if apart == 0.0:
+        return 0.0
+    return apart / largest if largest and math.isfinite(apart) else math.inf
 
 
 def _close(one: Any, other: Any) -> bool:

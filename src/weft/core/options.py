@@ -10,6 +10,12 @@ from typing import NoReturn, TypeGuard, final
 
 from weft.errors import PlanError, WeftError, close_matches
 
+_IN_WORDS = {
+    "(-inf, inf)": "a finite number",
+    "(0, inf)": "a positive number",
+    "[0, inf)": "a number >= 0",
+}
+
 
 def is_number(value: object) -> TypeGuard[float]:
     """Whether something is a finite number."""
@@ -64,9 +70,7 @@ class Options:
             and (value <= most if interval[-1] == "]" else value < most)
         )
         if not good:
-            words = {"(-inf, inf)": "finite", "(0, inf)": "positive"}.get(interval)
-            expected = f"a {words} number" if words else f"a number in {interval}"
-            expected = "a number >= 0" if interval == "[0, inf)" else expected
+            expected = _IN_WORDS.get(interval, f"a number in {interval}")
             self._refuse(option, f"{expected} {also}".rstrip(), value)
 
     def whole(self, option: str, value: object, least: int, also: str = "") -> None:

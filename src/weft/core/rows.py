@@ -19,7 +19,6 @@ Rows = str | int | Sequence[str | int] | Tensor
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword inputs of the base."""
 
-
 Output = str | int | Callable[[Any], Tensor] | None
 """What heads read of the base's output: a key or attribute, an index, a function, or all of it."""
 

@@ -18,7 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from weft.errors import PlanError, close_matches
+from weft.errors import PlanError, close_matches, kind_of
 
 Slot = tuple[str, dict[str, Tensor], str]
 """A place that holds a tensor: its canonical name, its table, and its attribute there."""
@@ -72,7 +72,7 @@ def tensor_slots(module: nn.Module) -> list[Slot]:
     """
     if not isinstance(module, nn.Module):
         raise PlanError(
-            f"The base is a torch.nn.Module, found {_what(module)}. Give the network itself, for "
+            f"The base is a torch.nn.Module, found {kind_of(module)}. Give the network itself, for "
             "instance torchvision.models.resnet18()."
         )
     first: dict[int, str] = {}
@@ -97,13 +97,6 @@ def tensor_slots(module: nn.Module) -> list[Slot]:
     return slots
 
 
-def _what(value: object) -> str:
-    """What was found in the place of a module."""
-    if isinstance(value, type):
-        return f"the class {value.__name__}"
-    return "None" if value is None else f"an object of type {type(value).__name__}"
-
-
 def _holds_tensors(module: nn.Module) -> bool:
     own = (module.named_parameters(recurse=False), module.named_buffers(recurse=False))
     return any(True for tensors in own for _ in tensors)
@@ -118,15 +111,20 @@ def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, table[attribute]
 
 
-def renormed_weights(module: nn.Module) -> frozenset[str]:
-    """Names of the weights of embeddings with a largest norm: reading rows scales them in place."""
+def renormed_weights(module: nn.Module, slots: Iterable[Slot]) -> frozenset[str]:
+    """Names of the weights of embeddings with a largest norm: reading rows scales them in place.
+
+    Args:
+        module: holds them.
+        slots: all of the module.
+    """
     embeddings = (nn.Embedding, nn.EmbeddingBag)
     tables = {
         id(child._parameters)
         for child in module.modules()
         if isinstance(child, embeddings) and child.max_norm is not None
     }
-    return frozenset(name for name, table, _ in tensor_slots(module) if id(table) in tables)
+    return frozenset(name for name, table, _ in slots if id(table) in tables)
 
 
 def canonical_names(base: nn.Module) -> dict[str, str]:

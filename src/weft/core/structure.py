@@ -148,9 +148,9 @@ class Structure:
             self.module = copy.deepcopy(base, memo)
         keep_weights_apart(self.module)
         self.statistics = statistics_modules(self.module)
-        self._renormed = renormed_weights(self.module)
         self._modules = dict(self.module.named_modules())
         self._slots = tensor_slots(self.module)
+        self._renormed = renormed_weights(self.module, self._slots)
         self._held: dict[int, list[tuple[dict[str, nn.Module | None], str]]] | None = None
         self._replaced: list[tuple[dict[str, nn.Module | None], str, nn.Module]] = []
         self._stand_ins: list[StandIn] = []

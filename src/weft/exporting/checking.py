@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from weft.core.agreement import difference
 from weft.core.rows import Arguments
 from weft.errors import DataError, ExportError, WeftError
 
@@ -151,18 +153,13 @@ def _difference(found: Any, expected: Any, tolerance: float) -> float | str:
         return 0.0 if found == expected else f"{found!r} instead of {expected!r}"
     if found.shape != expected.shape:
         return f"shape {tuple(found.shape)} instead of {tuple(expected.shape)}"
-    one, other = found.double(), expected.double()
-    finite = other.isfinite()
-    if not torch.allclose(one[~finite], other[~finite], equal_nan=True):
-        return "other values where they are not finite"
-    one, other = one[finite], other[finite]
-    if not one.numel():
-        return 0.0
     if not expected.is_floating_point():
         tolerance = 0.0
     elif expected.element_size() < 4:
         tolerance = max(tolerance, HALF)
-    error = float((one - other).abs().max()) / max(float(other.abs().max()), 1e-6)
+    error = difference(found.double(), expected.double(), floor=1e-6)
+    if math.isinf(error):
+        return "other values where they are not finite"
     if not error <= tolerance:
         return f"values that differ by {error:.1e} of the largest, more than {tolerance:.0e}"
     return error

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torch import Tensor
 
-from weft.errors import DataError, close_matches
+from weft.errors import DataError, close_matches, kind_of
 
 
 def check_data(function: str, data: object, tasks: Sequence[str]) -> None:
@@ -22,7 +22,7 @@ def check_data(function: str, data: object, tasks: Sequence[str]) -> None:
     """
     if not isinstance(data, Mapping):
         raise DataError(
-            f"{function}(data=...) is a dict of batches by task, found {_kind(data)}. "
+            f"{function}(data=...) is a dict of batches by task, found {kind_of(data)}. "
             f"Give data={{{tasks[0]!r}: batches, ...}}."
         )
     for task in tasks:
@@ -36,7 +36,7 @@ def check_data(function: str, data: object, tasks: Sequence[str]) -> None:
         batches = data[task]
         if not isinstance(batches, Iterable) or isinstance(batches, (Tensor, str, Mapping)):
             raise DataError(
-                f"{function}(data=...) has for '{task}' {_kind(batches)}, which is no batches. "
+                f"{function}(data=...) has for '{task}' {kind_of(batches)}, which is no batches. "
                 "Give a DataLoader or a list of batches."
             )
 
@@ -50,11 +50,7 @@ def check_rereadable(data: Mapping[str, object], tasks: Sequence[str]) -> None:
     for task in tasks:
         if isinstance(data[task], Iterator):
             raise DataError(
-                f"The data of '{task}' is {_kind(data[task])}, which can be read only once, and "
+                f"The data of '{task}' is {kind_of(data[task])}, which can be read only once, and "
                 "every scale is tried on all of it. Give a DataLoader or a list of batches, or a "
                 "number as scale."
             )
-
-
-def _kind(value: object) -> str:
-    return "None" if value is None else f"an object of type {type(value).__name__}"

@@ -136,7 +136,21 @@ class DropAndGrow(_ByDensity):
 
     def __call__(self, model: MultiTaskModel, taken: Taken) -> tuple[Tensor, ...]:
         """Change masks and weights by what a step saw."""
-        zeta = self.zeta(taken.done)
+        missing = self.let_go(model, taken.done)
+        self._grow(model, self._grown(model, taken, missing))
+        return ()
+
+    def let_go(self, model: MultiTaskModel, done: float) -> dict[tuple[str, str], int]:
+        """Drop the smallest weights of each layer.
+
+        Args:
+            model: whose masks and weights change.
+            done: the share of the phase that is over, in [0, 1].
+
+        Returns:
+            By task ("" for what is shared) and name, how many weights are missing then.
+        """
+        zeta = 0.5 * self.drop * (1.0 + math.cos(math.pi * done))
         counts = self.counts(model)
         missing: dict[tuple[str, str], int] = {}
         for (task, name), weight in all_weights(model, self.names).items():
@@ -147,12 +161,7 @@ class DropAndGrow(_ByDensity):
                 gone, memory = keep & ~stay, buffer_of(model, task, name, STALE)
                 memory.copy_(torch.where(gone, weight.detach(), memory))
             set_mask(model, task, name, weight, stay)
-        self._grow(model, self._grown(model, taken, missing))
-        return ()
-
-    def zeta(self, done: float) -> float:
-        """The share of a layer's weights that a change drops, at a share of the phase in [0, 1]."""
-        return 0.5 * self.drop * (1.0 + math.cos(math.pi * done))
+        return missing
 
     def _grown(
         self, model: MultiTaskModel, taken: Taken, missing: Mapping[tuple[str, str], int]

@@ -89,7 +89,7 @@ def paco(
     given.switch("softmax", softmax)
     given.number("noise", noise, "[0, inf)")
     given.seed("seed", seed)
-    if limit is not None and limit != math.inf:  # which refuses what is no number
+    if limit is not None and limit != math.inf:  # infinite: only what is no number is over it
         given.number("limit", limit, "(0, inf)", "or None")
     if fixed_coefficients and limit is not None:
         raise PlanError(

@@ -18,7 +18,7 @@ from weft.core.channels import is_plain, output_channels
 from weft.core.kernels import has_hooks
 from weft.core.rows import call_arguments
 from weft.core.sites import Kind, sites
-from weft.errors import DataError, WeftError
+from weft.errors import DataError, WeftError, kind_of
 
 LAYERS = (Kind.LAYER, Kind.DEPTHWISE)
 
@@ -87,8 +87,8 @@ def layer_responses(base: nn.Module, batches: Iterable[Any]) -> dict[str, Seen]:
         )
     if not isinstance(batches, Iterable) or isinstance(batches, (str, Mapping)):
         raise DataError(
-            "rcm(responses=...) is batches of inputs, a DataLoader or a list, found an object of "
-            f"type {type(batches).__name__}."
+            "rcm(responses=...) is batches of inputs, a DataLoader or a list, found "
+            f"{kind_of(batches)}."
         )
     network = copy.deepcopy(base).eval()
     scripted = any(isinstance(module, torch.jit.ScriptModule) for module in network.modules())

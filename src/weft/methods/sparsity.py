@@ -114,18 +114,18 @@ class Prune:
     def __call__(self, model: MultiTaskModel, data: Mapping[str, Iterable[Any]]) -> None:
         """Set masks, and weights that they leave out to zero."""
         scores = self.scores(model, data)
-        ranked = {}
-        for task, of_task in scores.items():
-            weights = task_weights(model, task, self.names)
-            ranked[task] = places(of_task, {n: w.detach().abs() for n, w in weights.items()})
+        weights = {task: task_weights(model, task, self.names) for task in scores}
+        ranked = {
+            task: places(of_task, {n: w.detach().abs() for n, w in weights[task].items()})
+            for task, of_task in scores.items()
+        }
         keep = arbitrate(ranked, self.sparsity)
         for task, masks in keep.items():
-            weights = task_weights(model, task, self.names)
             for name in self.names:
                 together = torch.stack([other[name] for other in keep.values()]).any(0)
-                set_mask(model, task, name, weights[name], together)
+                set_mask(model, task, name, weights[task][name], together)
             for name in masks.keys() - set(self.names):
-                set_mask(model, task, name, weights[name], masks[name])
+                set_mask(model, task, name, weights[task][name], masks[name])
         note_overlap(model, self.names, keep)
 
     def scores(

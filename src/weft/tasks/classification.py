@@ -104,8 +104,9 @@ def Classification(
     """
     if not 0.0 <= smoothing < 1.0:
         raise ConfigError(f"Classification(smoothing=...) is in [0, 1), found {smoothing}.")
-    Options("Classification", ConfigError).word("head_init", head_init, ("default", "zero"))
-    Options("Classification", ConfigError).word("auc", auc, AVERAGINGS)
+    given = Options("Classification", ConfigError)
+    given.word("head_init", head_init, ("default", "zero"))
+    given.word("auc", auc, AVERAGINGS)
     if head_init == "zero" and not head_trains:
         raise ConfigError(
             "Classification(head_init='zero', head_trains=False) would give equal logits for "

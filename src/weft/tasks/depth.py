@@ -96,8 +96,9 @@ def Depth(*, minimum: float = 0.0, variant: Variant = "standard", head: DenseHea
     """
     if not minimum >= 0:
         raise ConfigError(f"Depth(minimum=...) is a number >= 0, found {minimum}.")
-    Options("Depth", ConfigError).word("variant", variant, VARIANTS)
-    Options("Depth", ConfigError).word("head", head, DENSE_HEADS)
+    given = Options("Depth", ConfigError)
+    given.word("variant", variant, VARIANTS)
+    given.word("head", head, DENSE_HEADS)
     pairs = KnownDepths(minimum)
     errors = {"abs_error": MeanAbsoluteError(), "rel_error": MeanAbsolutePercentageError()}
     metrics: dict[str, Metric] = {}

@@ -192,8 +192,9 @@ def SurfaceNormals(*, encoding: Encoding = "decoded", head: DenseHead = "conv") 
     compare with ``encoding="adashare"`` only, and with nothing else. It also trains at the
     resolution of the features against the nearest targets.
     """
-    Options("SurfaceNormals", ConfigError).word("encoding", encoding, ("decoded", "adashare"))
-    Options("SurfaceNormals", ConfigError).word("head", head, DENSE_HEADS)
+    given = Options("SurfaceNormals", ConfigError)
+    given.word("encoding", encoding, ("decoded", "adashare"))
+    given.word("head", head, DENSE_HEADS)
     pairs = KnownNormals(encoding)
     metrics: dict[str, Metric] = {
         "mean_angle": OnPairs(pairs, MeanOf(angles)),

@@ -138,8 +138,9 @@ def Segmentation(
     as 0; and averages pixel accuracy over batches by their rows, where void pixels with a label
     below 0 (as of Cityscapes) count as wrong. ``variant="adashare"`` measures in these last ways.
     """
-    Options("Segmentation", ConfigError).word("variant", variant, VARIANTS)
-    Options("Segmentation", ConfigError).word("head", head, DENSE_HEADS)
+    given = Options("Segmentation", ConfigError)
+    given.word("variant", variant, VARIANTS)
+    given.word("head", head, DENSE_HEADS)
     names, count = class_names(classes, at_least=2)
     metrics: dict[str, Metric]
     if variant == "standard":

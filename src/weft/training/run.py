@@ -265,9 +265,9 @@ class Run:
 
         Of those that tasks share the step then leaves no trace at all.
         """
-        shared = self._shared_statistics() if limits else []
+        shared = [(b, b.clone()) for b in self._shared_statistics()] if limits else []
         return {
-            task: [(b, b.clone()) for b in (*self.model.tasks[task].buffers(), *shared)]
+            task: [*((b, b.clone()) for b in self.model.tasks[task].buffers()), *shared]
             for task in limits
         }
 
